@@ -1,0 +1,165 @@
+"""`python -m bench run | show | plot | compare | tune | readme`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import results
+from bench.results import FOLDER, Row, Run
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+# a log has no width of its own, and eighty columns fold the tables
+console = Console(width=None if sys.stdout.isatty() else 200)
+
+Folder = Annotated[Path, typer.Option("--results", help="folder of the JSON files")]
+
+
+@app.command()
+def run(
+    suite: Annotated[list[str] | None, typer.Option(help="only these suites")] = None,
+    case: Annotated[str, typer.Option(help="only cases whose label holds this text")] = "",
+    tokens: Annotated[list[int] | None, typer.Option(help="only these token counts")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the JSON files")] = FOLDER,
+    max_autotune: Annotated[
+        bool, typer.Option(help="also max-autotune, which compiles for long")
+    ] = True,
+    cold: Annotated[bool, typer.Option(help="also with a cold L2")] = True,
+    fusions: Annotated[str, typer.Option(help="the plugin's fusions for whole models")] = "default",
+    device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
+    tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
+    commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
+) -> None:
+    """Measure. Exits with 1 when a case raised, gave a wrong result or missed its target."""
+    import torch
+
+    from bench.measure import Plan, measure
+    from bench.suites import suites
+    from bench.timer import timer_for
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    timer = timer_for(where)
+    plan = Plan(where, max_autotune, cold, fusions)
+    known = suites()
+    for name in suite or known:
+        if name not in known:
+            raise typer.BadParameter(
+                f"no suite {name!r}; accepted: {', '.join(known)}", param_hint="--suite"
+            )
+    failed = False
+    for name in suite or known:
+        cases = [each for each in known[name](tiny) if case in each.label]
+        cases = [each for each in cases if not tokens or each.sizes["tokens"] in tokens]
+        if tiny:  # the targets are for full sizes
+            cases = [dataclasses.replace(each, targets=()) for each in cases]
+        if not cases:
+            continue
+        session = results.describe(name, where, timer.name, timer.copy_bandwidth())
+        session.commit = commit or session.commit
+        for each in track(cases, description=name, console=Console(stderr=True)):
+            session.rows.append(measure(each, plan, timer, session.copy_gbps))
+            path = session.save(out)  # after each row: a run that is cut off keeps what it has
+        _print(session, session.rows)
+        console.print(f"written to {path}")
+        failed |= any(row.errors or row.missed for row in session.rows)
+    raise typer.Exit(failed)
+
+
+@app.command()
+def show(folder: Folder = FOLDER) -> None:
+    """Print the newest row of each case."""
+    for device, pairs in results.newest(results.load_all(folder)).items():
+        for suite in dict.fromkeys(run.suite for run, _ in pairs):
+            rows = [(run, row) for run, row in pairs if run.suite == suite]
+            _print(rows[-1][0], [row for _, row in rows])
+        console.print(f"{device}: {len(pairs)} cases")
+
+
+@app.command()
+def compare(before: Path, after: Path, slower: Annotated[float, typer.Option()] = 1.03) -> None:
+    """Compare the rows of two result files. Exits with 1 when ours got slower by more than --slower."""
+    old, new = results.load(before), results.load(after)
+    table = Table("case", "before us", "after us", "after / before")
+    old_rows = {row.key: row for row in old.rows}
+    worse = False
+    for row in new.rows:
+        previous = old_rows.get(row.key)
+        if previous is None or not previous.ours_us or not row.ours_us:
+            continue
+        ratio = row.ours_us / previous.ours_us
+        worse |= ratio > slower
+        table.add_row(row.label, f"{previous.ours_us:.2f}", f"{row.ours_us:.2f}", f"{ratio:.3f}")
+    console.print(table)
+    raise typer.Exit(worse)
+
+
+@app.command()
+def plot(folder: Folder = FOLDER, out: Annotated[Path, typer.Option()] = FOLDER / "plots") -> None:
+    """Draw the newest rows as PNGs."""
+    from bench.plots import draw
+
+    for path in draw(results.load_all(folder), out):
+        console.print(path)
+
+
+@app.command()
+def tune(folder: Folder = FOLDER, out: Annotated[Path | None, typer.Option()] = None) -> None:
+    """Distil the results into the tables that ship with fusion_passes: which fusions are on by default."""
+    from bench.tuning import TABLES, write
+
+    for path in write(results.load_all(folder), out or TABLES):
+        console.print(path)
+
+
+@app.command()
+def readme(
+    check: Annotated[bool, typer.Option("--check", help="fail when README.md is stale")] = False,
+) -> None:
+    """Write the generated tables of README.md: fusions, settings, ops, performance."""
+    from bench.readme import README, render
+
+    fresh = render(README.read_text())
+    if fresh == README.read_text():
+        return
+    if check:
+        console.print("README.md is stale: run `make readme`")
+        raise typer.Exit(1)
+    README.write_text(fresh)
+
+
+def _print(run: Run, rows: list[Row]) -> None:
+    title = f"{run.suite} on {run.device['name']}, copy {run.copy_gbps:.0f} GB/s, {run.date}"
+    ways = list(dict.fromkeys(way for row in rows for way in row.warm_us))
+    table = Table(title=title)
+    for column in (
+        "case",
+        *(f"{way} us" for way in ways),
+        "of copy",
+        "of inductor",
+        "TFLOP/s",
+        "targets",
+    ):
+        table.add_column(column, justify="left" if column in ("case", "targets") else "right")
+    for row in rows:
+        times = [f"{row.warm_us[way]:.2f}" if way in row.warm_us else "" for way in ways]
+        ratios = [
+            f"{row.ratios[key]:.{digits}f}" if key in row.ratios else ""
+            for key, digits in (("of_copy", 3), ("of_inductor", 3), ("tflops", 0))
+        ]
+        verdict = "; ".join(row.missed) or ("met" if row.targets else "")
+        table.add_row(row.label, *times, *ratios, verdict)
+    console.print(table)
+    for row in rows:
+        for way, error in row.errors.items():
+            console.print(f"{row.label}: {way}: {error}", style="red", markup=False)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

@@ -1,0 +1,132 @@
+"""The generated parts of README.md: between `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from bench.results import ROOT, Row, Run, load_all, newest
+
+README = ROOT / "README.md"
+NO_RESULTS = (
+    "No results are committed yet: `make bench` on a machine with an NVIDIA GPU writes them."
+)
+
+
+def render(text: str) -> str:
+    """README text with every generated part made anew. Raises ValueError for a missing or unknown part."""
+    found = re.findall(r"<!-- begin: (\w+) -->\n", text)
+    if sorted(found) != sorted(PARTS):
+        raise ValueError(f"README.md has the generated parts {found}, wanted {sorted(PARTS)}")
+    for name, make in PARTS.items():
+        part = f"<!-- begin: {name} -->\n{make()}\n<!-- end: {name} -->"
+        pattern = rf"<!-- begin: {name} -->\n.*?<!-- end: {name} -->"
+        text = re.sub(pattern, part.replace("\\", r"\\"), text, flags=re.DOTALL)
+    return text
+
+
+def fusions() -> str:
+    """Every shipped fusion; third-party ones of this machine have no place in the README."""
+    from fusion_passes.fusion import registry
+    from fusion_passes.tables import load
+
+    archs = [f"sm_{version}" for version in sorted(load())]
+    rows = [
+        (
+            f"`{fusion.name}`",
+            fusion.summary,
+            *("on" if fusion.default_state(arch)[0] else "off" for arch in archs),
+        )
+        for fusion in registry().values()
+    ]
+    return table(("fusion", "what it does", *(f"`{arch}`" for arch in archs)), rows)
+
+
+def environment() -> str:
+    from fusion_passes.settings import environment_table
+
+    return table(
+        ("variable", "accepted", "meaning"),
+        [(f"`{name}`", *rest) for name, *rest in environment_table()],
+    )
+
+
+def ops() -> str:
+    from custom_ops import library
+
+    rows = []
+    for op in library.ops().values():
+        names = ", ".join(implementation.name for implementation in op.implementations)
+        rows.append((f"`{op.name}`", (op.public.__doc__ or "").split("\n")[0], names))
+    return table(
+        ("op of `custom_ops`", "what it computes", "implementations, preferred first"), rows
+    )
+
+
+def performance() -> str:
+    """Per GPU: the kernels against stock `torch.compile` and the copy bandwidth, then the whole layers."""
+    devices = newest([run for run in load_all() if run.device["arch"] != "cpu"])
+    return "\n\n".join(_device(name, pairs) for name, pairs in devices.items()) or NO_RESULTS
+
+
+def _device(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
+    latest = max((run for run, _ in pairs), key=lambda run: run.date)
+    rows = [row for _, row in pairs if row.ours_us]
+    kernels = [row for row in rows if row.chosen]
+    models = [row for row in rows if not row.chosen]
+    torch = latest.versions["torch"]
+    head = (
+        f"{name}, torch {torch}, {latest.date[:10]}: medians in microseconds, warm L2, CUDA graphs."
+    )
+    parts = [head]
+    if kernels:
+        columns = (
+            "kernel",
+            "ours",
+            "stock `torch.compile`",
+            "ratio",
+            "of copy bandwidth",
+            "TFLOP/s",
+        )
+        parts.append(table(columns, [_kernel(row) for row in kernels]))
+    if models:
+        heads = ("model", "ours", "stock `torch.compile`", "ratio", "bfloat16, stock")
+        parts.append(table(heads, [_model(row) for row in models]))
+    return "\n\n".join(parts)
+
+
+def _times(row: Row) -> tuple[str, ...]:
+    return (
+        f"`{row.label}`",
+        f"{row.ours_us:.1f}",
+        f"{row.inductor_us:.1f}" if row.inductor_us else "",
+        f"{row.ratios['of_inductor']:.2f}" if "of_inductor" in row.ratios else "",
+    )
+
+
+def _kernel(row: Row) -> tuple[str, ...]:
+    return (
+        *_times(row),
+        "" if row.flops else f"{row.ratios['of_copy']:.2f}",
+        f"{row.ratios['tflops']:.0f}" if row.flops else "",
+    )
+
+
+def _model(row: Row) -> tuple[str, ...]:
+    bf16 = row.warm_us.get("bf16_inductor")
+    return (*_times(row), f"{bf16:.1f}" if bf16 else "")
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = tuple(columns)
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "fusions": fusions,
+    "environment": environment,
+    "ops": ops,
+    "performance": performance,
+}

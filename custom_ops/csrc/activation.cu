@@ -1,0 +1,157 @@
+// silu(gate) * up, alone or with group quantization. gate and up are usually the halves of one packed
+// [rows, 2 * cols] tensor: any row stride.
+#include "kernels.h"
+#include "rows.cuh"
+
+namespace custom_ops {
+namespace {
+
+// 2^t in one instruction, 2 ulp. A subnormal result becomes 0, which 1 + 2^t cannot tell from it.
+__device__ __forceinline__ float exp2_approx(float t) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  return e;
+}
+
+// exp(-g) for |g| <= kFastGate, within 4 ulp. __expf alone rounds its argument to base 2, which is off by 2^-18
+// (45 ulp of the result) at |g| = 80. log2(e) splits into 15 bits and a rest: g (8 bits in bfloat16) times the
+// first is exact, and the rest, at most 4e-4, needs only the linear term of its exponential.
+constexpr float kLog2eHigh = 0x1.7154p0f;
+constexpr float kLog2eRest = 4.888495152e-06f;  // (log2(e) - kLog2eHigh) * ln 2
+constexpr float kLn2 = 0.693147181f;
+
+template <typename T>
+__device__ __forceinline__ float exp_negative(float g);
+template <>
+__device__ __forceinline__ float exp_negative<__nv_bfloat16>(float g) {
+  const float e = exp2_approx(g * -kLog2eHigh);
+  return fmaf(e, g * -kLog2eRest, e);
+}
+template <>
+__device__ __forceinline__ float exp_negative<__half>(float g) {  // 11 bits: the product rounds; add that back
+  const float t = g * -kLog2eHigh;
+  const float lost = fmaf(g, -kLog2eHigh, -t);
+  const float e = exp2_approx(t);
+  return fmaf(e, fmaf(g, -kLog2eRest, lost * kLn2), e);
+}
+
+// Above this, 1 + exp(-g) nears the end of float32, where a reciprocal is subnormal; Inf and NaN too.
+constexpr float kFastGate = 80.0f;
+
+// round_T(g / (1 + exp(-g))), float32 inside, |g| <= kFastGate. The division is IEEE-exact up to what one step on
+// its residual leaves (the seed is 1 ulp off), so this differs from eager only through exp.
+template <typename T>
+__device__ __forceinline__ Vec<T> silu_quick(const Vec<T>& gate) {
+  Vec<T> out;
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) {
+    const float2 g = Packed<T>::to_float(gate.pair[i]);
+    const float dx = 1.0f + exp_negative<T>(g.x);
+    const float dy = 1.0f + exp_negative<T>(g.y);
+    out.pair[i] = Packed<T>::from_float(divide_by_reciprocal(g.x, dx, reciprocal_approx(dx)),
+                                        divide_by_reciprocal(g.y, dy, reciprocal_approx(dy)));
+  }
+  return out;
+}
+
+// The same for any g, out of line: it is rare, and would otherwise be most of the kernel.
+template <typename T>
+__device__ __noinline__ Vec<T> silu_any(Vec<T> gate) {
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) {
+    const float2 g = Packed<T>::to_float(gate.pair[i]);
+    gate.pair[i] = Packed<T>::from_float(__fdiv_rn(g.x, 1.0f + expf(-g.x)), __fdiv_rn(g.y, 1.0f + expf(-g.y)));
+  }
+  return gate;
+}
+
+// round_T(a * b), packed. A product of two 16-bit floats is exact in float32, so one rounding is what
+// round_T(float32(a) * float32(b)) does too.
+template <typename T>
+__device__ __forceinline__ Vec<T> multiply(const Vec<T>& a, const Vec<T>& b) {
+  Vec<T> out;
+#pragma unroll
+  for (int i = 0; i < kVec / 2; ++i) out.pair[i] = __hmul2(a.pair[i], b.pair[i]);
+  return out;
+}
+
+template <typename T, int R, bool Aligned, bool Quant>
+__global__ void __launch_bounds__(kThreads)
+    silu_mul_kernel(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* out, int64_t rows,
+                    int64_t cols, RowGrid grid, Quantized quantized) {
+  const RowTile at = row_tile<R>(grid, rows);
+  Vec<T> g[R];
+  Vec<T> u[R];
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    const int64_t row = at.row + i;
+    const T* const gp = gate + row * gate_stride + at.col;
+    const T* const upp = up + row * up_stride + at.col;
+    if (row >= rows) {
+      g[i] = u[i] = zero_vec<T>();
+    } else {
+      g[i] = Aligned ? load_streaming(gp) : load_scalar(gp, cols - at.col);
+      u[i] = Aligned ? load_streaming(upp) : load_scalar(upp, cols - at.col);
+    }
+  }
+  bool quick = true;
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    const float2 largest = Packed<T>::to_float(abs_max(g[i]));
+    quick = quick && largest.x <= kFastGate && largest.y <= kFastGate;
+  }
+  if (quick) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) g[i] = multiply(silu_quick(g[i]), u[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < R; ++i) g[i] = multiply(silu_any(g[i]), u[i]);
+  }
+  if constexpr (Quant) {
+    quantize_rows<T, R>(g, at, rows, cols, quantized);
+  } else {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      if (at.row + i >= rows) break;
+      T* const p = out + (at.row + i) * cols + at.col;
+      if constexpr (Aligned) {
+        store_vec(p, g[i]);
+      } else {
+        store_scalar(p, g[i], cols - at.col);
+      }
+    }
+  }
+}
+
+template <typename T, bool Quant>
+cudaError_t launch(Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols, const Quantized& quantized,
+                   cudaStream_t stream) {
+  const bool aligned = vectorizable(gate.data, gate.stride, cols) && vectorizable(up.data, up.stride, cols);
+  const int rows_per_thread = !aligned || rows * cols < kManyElements ? 1 : 4;
+  const auto kernel = !aligned              ? silu_mul_kernel<T, 1, false, Quant>
+                      : rows_per_thread == 1 ? silu_mul_kernel<T, 1, true, Quant>
+                                             : silu_mul_kernel<T, 4, true, Quant>;
+  const RowGrid grid = row_grid(rows, cols, rows_per_thread);
+  kernel<<<grid.blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(gate.data), gate.stride, static_cast<const T*>(up.data), up.stride,
+      static_cast<T*>(out), rows, cols, grid, quantized);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t silu_mul(Dtype dtype, Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols,
+                     cudaStream_t stream) {
+  if (rows == 0 || cols == 0) return cudaSuccess;
+  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, false>(gate, up, out, rows, cols, {}, stream)
+                                  : launch<__half, false>(gate, up, out, rows, cols, {}, stream);
+}
+
+cudaError_t silu_mul_group_quant(Dtype dtype, Matrix gate, Matrix up, int64_t rows, int64_t cols,
+                                 const Quantized& out, cudaStream_t stream) {
+  if (rows == 0 || cols == 0) return cudaSuccess;
+  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, true>(gate, up, nullptr, rows, cols, out, stream)
+                                  : launch<__half, true>(gate, up, nullptr, rows, cols, out, stream);
+}
+
+}  // namespace custom_ops

@@ -1,0 +1,78 @@
+"""block_scaled_mm on DeepGEMM (`pip install sgl-deep-gemm`), for Hopper.
+
+DeepGEMM compiles a kernel with nvcc or NVRTC when it first meets a problem, which must not happen inside a CUDA
+graph capture: a shape that has not run before the capture is an error there, not a compilation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops import platform
+from custom_ops.gemm.reference import BLOCK
+from custom_ops.scales import as_rows, known
+
+# TMA reads and writes rows whose pitch is a multiple of 16 bytes.
+_K_MULTIPLE = 16
+_N_MULTIPLE = 8
+
+# (device index, M, N, K) of the problems whose kernel has been compiled and loaded in this process.
+compiled: set[tuple[int, int, int, int]] = set()
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why DeepGEMM cannot run on a device, or None."""
+    if device.type != "cuda":
+        return f"needs a CUDA tensor, this one is on {device.type}"
+    capability = platform.cuda_capability(device)
+    if capability != (9, 0):
+        # Blackwell wants UE8M0 scales; the scales here are float32 and are never changed silently.
+        return f"needs compute capability 9.0 for float32 scales, here is {capability}"
+    if not platform.has_deep_gemm():
+        return "deep_gemm is not installed (pip install sgl-deep-gemm apache-tvm-ffi)"
+    return None
+
+
+def unsupported(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
+) -> str | None:
+    """Why DeepGEMM cannot take these arguments, or None. Symbolic sizes must be statically known to fit."""
+    if out_dtype != torch.bfloat16:
+        return f"writes torch.bfloat16, out_dtype is {out_dtype}"
+    (n, k) = b.shape
+    if not (known(k > 0) and known(k % _K_MULTIPLE == 0)):
+        return f"needs K a positive multiple of {_K_MULTIPLE} (TMA), K is {k}"
+    if not (known(n > 0) and known(n % _N_MULTIPLE == 0)):
+        return f"needs N a positive multiple of {_N_MULTIPLE} (TMA), N is {n}"
+    return None
+
+
+def block_scaled_mm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
+) -> Tensor:
+    """As `custom_ops.block_scaled_mm`. Reads a_scale in place when it is column_major_tma; otherwise
+    DeepGEMM transposes it into that layout with a kernel of its own. Strided codes are copied.
+
+    Raises RuntimeError for a problem that would be compiled inside a CUDA graph capture.
+    """
+    import deep_gemm
+
+    n, k = b.shape
+    rows = as_rows(a).contiguous()
+    m = rows.shape[0]
+    out = torch.empty((*a.shape[:-1], n), dtype=out_dtype, device=a.device)
+    if m == 0:
+        return out
+    problem = (a.device.index, m, n, k)
+    if problem not in compiled and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"block_scaled_mm: DeepGEMM has not run M={m}, N={n}, K={k} yet and may have to compile "
+            "a kernel for it, which must not happen while a CUDA graph is captured; run the op once "
+            "with these sizes before the capture"
+        )
+    scale = a_scale if a_scale.dim() == 2 else a_scale.reshape(m, -(-k // BLOCK))
+    with torch.cuda.device(a.device):
+        deep_gemm.fp8_gemm_nt((rows, scale), (b.contiguous(), b_scale.contiguous()), out.view(m, n))
+    compiled.add(problem)
+    return out

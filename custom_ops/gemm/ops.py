@@ -1,0 +1,120 @@
+"""Block-scaled FP8 matrix product: the linear layer of DeepSeek-V3 style FP8 checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops import library
+from custom_ops.gemm import deep_gemm, reference
+from custom_ops.gemm.reference import BLOCK
+from custom_ops.library import require
+from custom_ops.quantization.ops import check_device
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """(a * a_scale) @ (b * b_scale).T with 1 x 128 scales for a and 128 x 128 scales for b.
+
+    a: float8_e4m3fn, [..., K]. a_scale: float32, [..., ceil(K / 128)], in any layout of
+    `custom_ops.scales` (recognised by its strides). b: float8_e4m3fn, [N, K]. b_scale: float32,
+    [ceil(N / 128), ceil(K / 128)]. K and N of any size, any strides. out_dtype: bfloat16, float16 or
+    float32. Returns [..., N], contiguous:
+
+        out = out_dtype(sum_k float32(a * a_scale) * float32(b * b_scale))
+
+    The dequantized operands are not rounded to bfloat16 on the way, unlike in eager dequantize-and-matmul,
+    which makes the result closer to float64. Order and precision of the sum are the implementation's: on
+    Hopper the tensor cores keep about 14 bits within 128 channels, and float32 between them. A row
+    gives the same bits in any batch.
+
+    Implementations: DeepGEMM (Hopper; reads "column_major_tma" scales as they are and transposes other
+    layouts with one more small kernel), Triton (any strides), reference. Raises ValueError for another
+    dtype, shape or device. Source: arXiv:2412.19437, section 3.3.2.
+    """
+    return torch.ops.custom_ops.block_scaled_mm(a, a_scale, b, b_scale, out_dtype=out_dtype)
+
+
+def _check(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
+) -> None:
+    op = "block_scaled_mm"
+    for name, tensor, dtype in (
+        ("a", a, torch.float8_e4m3fn),
+        ("a_scale", a_scale, torch.float32),
+        ("b", b, torch.float8_e4m3fn),
+        ("b_scale", b_scale, torch.float32),
+    ):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name}.dtype is {tensor.dtype}; accepted: {dtype}")
+        check_device(op, name, tensor, "a", a)
+    if out_dtype not in OUT_DTYPES:
+        accepted = ", ".join(map(str, OUT_DTYPES))
+        raise ValueError(f"{op}: out_dtype is {out_dtype}; accepted: {accepted}")
+    if a.dim() < 1:
+        raise ValueError(f"{op}: a has no dimension; accepted: [..., K]")
+    if b.dim() != 2:
+        raise ValueError(f"{op}: b has {b.dim()} dimensions; accepted: 2, [N, K]")
+    k_blocks = -(-a.shape[-1] // BLOCK)
+    n_blocks = -(-b.shape[0] // BLOCK)
+    for name, tensor, shape in (
+        ("b", b, (b.shape[0], a.shape[-1])),
+        ("a_scale", a_scale, (*a.shape[:-1], k_blocks)),
+        ("b_scale", b_scale, (n_blocks, k_blocks)),
+    ):
+        _check_shape(op, name, tensor, shape)
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    def message() -> str:
+        return (
+            f"{op}: {name}.shape is {tuple(tensor.shape)}; accepted: {shape} (a is [..., K], a_scale "
+            "[..., ceil(K / 128)], b [N, K], b_scale [ceil(N / 128), ceil(K / 128)])"
+        )
+
+    require(tensor.dim() == len(shape), message)
+    for have, want in zip(tensor.shape, shape, strict=True):
+        require(have == want, message)
+
+
+def _empty(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
+) -> Tensor:
+    return torch.empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype, device=a.device)
+
+
+def preferred_scale_layout(device: torch.device | str | int | None = None) -> str:
+    """The scale layout of a that block_scaled_mm reads fastest on a device.
+
+    "column_major_tma" where DeepGEMM would run, else "row_major".
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return "column_major_tma" if "deep_gemm" in OP.usable(where) else "row_major"
+
+
+OP = library.define(
+    block_scaled_mm,
+    "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, *, ScalarType out_dtype=bfloat16) -> Tensor",
+    check=_check,
+    empty=_empty,
+    reference=reference.block_scaled_mm,
+    implementations=(
+        library.Implementation(
+            "deep_gemm",
+            lambda: deep_gemm.block_scaled_mm,
+            deep_gemm.unavailable,
+            deep_gemm.unsupported,
+        ),
+        library.triton("custom_ops.gemm.triton_kernels:block_scaled_mm"),
+    ),
+)

@@ -1,0 +1,55 @@
+"""Fused kernels for stock PyTorch models: ``torch.compile(model, backend="fusion_passes")``.
+
+Importing this package is cheap: it compiles nothing, initialises no GPU and imports no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion_passes.backend import explain, inductor_options
+    from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor, register, registry
+    from fusion_passes.quantize import quantize_
+    from fusion_passes.reporting import NearMiss, Report, Site, report, reports, reset_reports
+
+_HOMES = {
+    "backend": ("explain", "inductor_options"),
+    "fusion": ("Constraint", "Fusion", "Pattern", "Scalar", "SizeOf", "Tensor", "register", "registry"),
+    "quantize": ("quantize_",),
+    "reporting": ("NearMiss", "Report", "Site", "report", "reports", "reset_reports"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Constraint",
+    "Fusion",
+    "NearMiss",
+    "Pattern",
+    "Report",
+    "Scalar",
+    "Site",
+    "SizeOf",
+    "Tensor",
+    "explain",
+    "inductor_options",
+    "quantize_",
+    "register",
+    "registry",
+    "report",
+    "reports",
+    "reset_reports",
+    "settings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"fusion_passes.{_HOME_OF[name]}"), name)
+    elif name == "settings":
+        value = importlib.import_module("fusion_passes.settings")
+    else:
+        raise AttributeError(f"module 'fusion_passes' has no attribute {name!r}")
+    globals()[name] = value
+    return value

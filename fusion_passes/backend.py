@@ -1,0 +1,108 @@
+"""The Dynamo backend: Inductor with the fusions in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from custom_ops import cuda_build
+from fusion_passes import reporting
+from fusion_passes import settings as settings_module
+from fusion_passes import torch_internals
+from fusion_passes.fusion import registry
+from fusion_passes.manager import FusionPass
+from fusion_passes.reporting import Report
+
+_OPTION = "joint_custom_pre_pass"
+
+
+def fusion_passes(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="fusion_passes")``.
+
+    Takes everything that Inductor takes: ``mode``, and in ``options`` Inductor's options beside the settings of
+    this package and one boolean per fusion.
+
+    Raises:
+        SettingsError: an option, patch or environment variable that does not exist or has a bad value.
+    """
+    settings, inductor = settings_module.resolve(options, registry())
+    inductor = {**torch_internals.inductor_mode_options(mode), **inductor}
+    fusion_pass = FusionPass(settings, after=inductor.get(_OPTION, torch_internals.inductor_default(_OPTION)))
+    inductor[_OPTION] = fusion_pass
+    stored = _stored_report(gm, example_inputs, fusion_pass, inductor)
+    compiled = torch_internals.compile_with_inductor(gm, example_inputs, inductor)
+    if fusion_pass.latest is None:
+        _report_of_cached_graph(stored, settings.report)
+    elif stored is not None:
+        reporting.write(stored, fusion_pass.latest.to_json())
+    return compiled
+
+
+fusion_passes.reset = torch_internals.reset_cudagraphs  # type: ignore[attr-defined]
+
+
+def inductor_options(**settings: Any) -> dict[str, Any]:
+    """Options that give stock Inductor the same passes: ``torch.compile(model, options=inductor_options())``.
+
+    settings: as in ``options=`` of the backend; without any, those in force at each compilation are used.
+    """
+    resolved = settings_module.resolve(settings, registry())[0] if settings else None
+    return {_OPTION: FusionPass(resolved, after=torch_internals.inductor_default(_OPTION))}
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Compile ``fn`` for these arguments without running a kernel, and report.
+
+    Where the function breaks into several graphs, the report is that of the last one; ``reports()`` has all.
+    The graphs return zeros, so Python code between them runs on zeros.
+    """
+
+    def compile_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        fusion_passes(gm, example_inputs)
+        outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+        fakes = [node.meta.get("example_value") if isinstance(node, fx.Node) else node for node in outputs]
+        return lambda *_: [torch_internals.zeros_of(fake) for fake in fakes]
+
+    torch.compiler.reset()
+    before = len(reporting.reports())
+    with torch.no_grad():
+        torch.compile(fn, backend=compile_only)(*args, **kwargs)
+    torch.compiler.reset()  # what compiled to zeros must not stay behind
+    if len(reporting.reports()) == before:
+        raise LookupError("nothing was compiled: the function has no tensor operations")
+    return reporting.report()
+
+
+def _stored_report(gm: fx.GraphModule, example_inputs: Sequence[Any], fusion_pass: FusionPass, options: dict[str, Any]) -> Path | None:
+    """Where the report of this graph is kept for the time when Inductor answers from its cache.
+
+    A cached graph never reaches the pass, yet its user wants to know what is in it.
+    """
+    uuid = fusion_pass.uuid()
+    if uuid is None:
+        return None
+    inputs = [
+        (str(i.dtype), str(tuple(i.shape)), str(i.device), i.requires_grad) if isinstance(i, torch.Tensor) else repr(type(i))
+        for i in example_inputs
+    ]
+    rest = sorted((key, repr(value)) for key, value in options.items() if key != _OPTION)
+    text = "\0".join((uuid, gm.code, repr(inputs), repr(rest), repr(torch.is_grad_enabled())))
+    return cuda_build.cache_dir() / "reports" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _report_of_cached_graph(stored: Path | None, destination: bool | Path) -> None:
+    if stored is not None and stored.exists():
+        report = Report.from_json(stored.read_text())
+    else:
+        report = Report(notes=["Inductor answered from its cache, and no report of that compilation is kept here"])
+    report.from_cache = True
+    report.graph = torch_internals.compile_id()
+    reporting.add(report)
+    reporting.publish(report, destination)

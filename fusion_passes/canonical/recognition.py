@@ -1,0 +1,98 @@
+"""Norms, activations and quantizations become one node each, whichever way they are spelt.
+
+    float, pow, mean, add, rsqrt, mul, cast, mul      ->  rms_norm(x, weight, eps, "rounded")
+    float, abs, amax, clamp, div, div, clamp, cast    ->  group_quant(x, group_size, min_amax)
+
+The same is done to patterns, so a fusion of two of them states its meaning once and meets one spelling. Every
+spelling keeps its own roundings: two that round differently are different meanings (``weight_mode``), and one
+that is no known meaning stays as it is. What no fusion took in the end goes back to the very nodes it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fusion_passes import torch_internals
+from fusion_passes.canonical.meanings import MEANINGS
+from fusion_passes.matching import Match, candidates, compile_pattern, find
+from fusion_passes.operations import escapes
+from fusion_passes.rewriting import Rewrite
+
+
+@dataclass
+class Recognized:
+    """A meaning that stands in the graph for the nodes in ``spelling``, whose inputs are those of ``node``."""
+
+    node: fx.Node
+    results: list[fx.Node]
+    spelling: fx.Graph
+    inputs: list[fx.Node]  # placeholders of spelling, one for each input of node
+
+    def restore(self, graph: fx.Graph) -> None:
+        if not self.node.users:  # erased: a fusion took it
+            return
+        values = dict(zip(self.inputs, self.node.all_input_nodes, strict=True))
+        with graph.inserting_before(self.node):
+            originals = graph.graph_copy(self.spelling, values)
+        assert isinstance(originals, tuple)
+        for result, original in zip(self.results, originals, strict=True):
+            result.replace_all_uses_with(original)
+
+
+def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | None = None) -> list[Recognized]:
+    """Put one node in the graph for each meaning. ``check`` may raise, which ends the whole recognition."""
+    found = []
+    for meaning in MEANINGS:
+        compiled = [compile_pattern(pattern, canonical=False) for pattern in meaning.patterns]
+        for root in sorted(dict.fromkeys(node for c in compiled for node in candidates(graph, c))):
+            match = find(meaning, graph, root, canonical=False) if root.users else None
+            if match is None or any(escapes(match.nodes.values(), match.outputs)):
+                continue
+            rewrite = Rewrite(match, allow_reference=True)
+            assert meaning.rewrite is not None
+            results = rewrite.finish(meaning.rewrite(rewrite))
+            node = next(n for n in rewrite.emitted if hasattr(n.target, "meaning_kind"))
+            spelling = _copy_region(match.outputs, node.all_input_nodes)
+            if spelling is None:
+                rewrite.abandon()
+                continue
+            if check is not None:
+                check(match, results)
+            rewrite.commit(results)
+            found.append(Recognized(node, results, *spelling))
+        torch_internals.tidy(graph)
+    return found
+
+
+def restore(graph: fx.Graph, recognized: list[Recognized]) -> None:
+    """Undo every recognition that no fusion made use of."""
+    for entry in reversed(recognized):
+        entry.restore(graph)
+    torch_internals.tidy(graph)
+
+
+def _copy_region(outputs: list[fx.Node], inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:
+    """The nodes between ``inputs`` and ``outputs`` as a graph of its own; None if they depend on anything else."""
+    region: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in region or node in inputs:
+            continue
+        if node.op != "call_function":
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                continue  # a size that is an input of the graph stays where it is
+            return None
+        region.add(node)
+        stack.extend(node.all_input_nodes)
+    copy = fx.Graph()
+    copied = {node: copy.placeholder(node.name) for node in inputs}
+    placeholders = list(copied.values())
+    for node in sorted(region):
+        copied[node] = copy.node_copy(node, lambda n: copied.get(n, n))
+    copy.output(tuple(copied[node] for node in outputs))
+    return copy, placeholders

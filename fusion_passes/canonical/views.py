@@ -1,0 +1,50 @@
+"""Views that do nothing go, and a view of a view is one view.
+
+    view(view(q, [B, S, G, 128]), [B, S, K])  ->  q        where q already is [B, S, K]
+    alias(x), slice(x, 0, 0, size of x)       ->  x
+
+A rewrite returns each output in the shape that the user's graph had in that place; between two fused ops the
+views then cancel, so that the scales reach the GEMM in the layout in which they were made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fusion_passes import index_map
+from fusion_passes.operations import shape_of
+
+aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim}
+
+
+def remove_needless(graph: fx.Graph) -> int:
+    """Returns how many nodes were bypassed. The graph's outputs keep their own views (they may be aliases)."""
+    removed = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.users or not _is_view(node):
+            continue
+        source = node.args[0]
+        while _is_view(source):
+            source = source.args[0]
+        if _equal_shapes(source, node) and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(source)
+            removed += 1
+        elif source is not node.args[0] and node.target in (aten.view.default, aten.reshape.default):
+            node.replace_input_with(node.args[0], source)
+            removed += 1
+    return removed
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if node.target in _VIEWS or node.target is aten.alias.default:
+        return True
+    return node.target is aten.slice.Tensor and _equal_shapes(node.args[0], node)
+
+
+def _equal_shapes(a: fx.Node, b: fx.Node) -> bool:
+    first, second = shape_of(a), shape_of(b)
+    return len(first) == len(second) and all(index_map.same_size(x, y) for x, y in zip(first, second, strict=True))

@@ -1,0 +1,308 @@
+"""Runs the fusions over one graph, in order, and says what came of it.
+
+:class:`FusionPass` is what Inductor calls, before any pass of its own: at that point the graph still holds every
+rounding that eager performs (Inductor later drops casts that it deems pointless), so a fusion can be exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import custom_ops
+from fusion_passes import near_miss, tables, torch_internals, verify
+from fusion_passes import reporting
+from fusion_passes import settings as settings_module
+from fusion_passes.canonical import recognition, views
+from fusion_passes.fusion import Fusion, registry
+from fusion_passes.matching import Match, candidates, compile_pattern, find
+from fusion_passes.operations import escapes, module_path
+from fusion_passes.reporting import NearMiss, Report, Site
+from fusion_passes.rewriting import NotRewritten, Rewrite
+from fusion_passes.settings import Settings
+
+__all__ = ["FusionPass", "StrictError"]
+
+
+class StrictError(RuntimeError):
+    """``FUSION_PASSES_STRICT``: a fusion that was named on fired nowhere in a graph."""
+
+
+class FusionPass(torch_internals.CustomGraphPass):
+    """The whole of the plugin as one graph pass.
+
+    settings: those to use; None reads the settings in force at each compilation.
+    after: a pass of the user's that runs first.
+    """
+
+    def __init__(self, settings: Settings | None = None, after: Any = None) -> None:
+        self.settings = settings
+        self.after = after
+        self.latest: Report | None = None
+
+    def _settings(self) -> Settings:
+        return self.settings if self.settings is not None else settings_module.current()
+
+    def uuid(self) -> str | None:
+        """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none."""
+        parts = [source_hash(), repr(self._settings().cache_key()), *_versions(), repr(_foreign_fusions())]
+        parts.append(os.environ.get("CUSTOM_OPS_DISABLE", ""))
+        if self.after is not None:
+            theirs = getattr(self.after, "uuid", lambda: None)()
+            if theirs is None:
+                return None
+            parts.append(repr(theirs))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.after is not None:
+            self.after(graph)
+        settings = self._settings()
+        run = _Run(graph, settings)
+        run.all()
+        self.latest = run.report
+        reporting.add(run.report)
+        reporting.publish(run.report, settings.report)
+        if settings.strict and run.applies:
+            silent = [name for name in sorted(settings.named_on) if name not in run.report.matches]
+            if silent:
+                raise StrictError(
+                    f"{', '.join(silent)} fired nowhere in graph {run.report.graph} (FUSION_PASSES_STRICT).\n{run.report}"
+                )
+
+    def __reduce__(self) -> Any:
+        return (FusionPass, (self.settings, self.after))
+
+
+class _Run:
+    """The passes over one graph."""
+
+    def __init__(self, graph: fx.Graph, settings: Settings) -> None:
+        self.graph, self.settings = graph, settings
+        self.device = _device_of(graph)
+        self.arch = tables.arch_of(self.device)
+        self.report = Report(
+            graph=torch_internals.compile_id(), device=self.arch, nodes_before=len(graph.nodes), nodes_after=len(graph.nodes)
+        )
+        self.applies = self._applies()
+        self.recognized: list[recognition.Recognized] = []
+        self._dumped = 0
+
+    def _applies(self) -> bool:
+        if not torch_internals.is_supported():
+            _warn_unsupported()
+            self.report.notes.append(f"torch {torch.__version__} is not supported: compiled unfused")
+        elif any(node.op == "placeholder" and node.name.startswith("tangents") for node in self.graph.nodes):
+            self.report.notes.append("a training graph is left as it is: call the model under torch.no_grad() to fuse it")
+        else:
+            return True
+        return False
+
+    def all(self) -> None:
+        for name, fusion in registry().items():
+            self.report.states[name] = self.settings.enabled(name, *fusion.default_state(self.arch))
+        fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
+        if not self.applies or not fusions:
+            return
+        self._dump("before")
+        self._timed("canonical", self._canonical)
+        for fusion in fusions:
+            self._timed(fusion.name, lambda fusion=fusion: self._one(fusion))
+        self._timed("near_misses", lambda: self._explain(fusions))
+        self._timed("tidy", self._tidy)
+        self.report.nodes_after = len(self.graph.nodes)
+
+    def _canonical(self) -> None:
+        views.remove_needless(self.graph)
+        torch_internals.tidy(self.graph)
+        self.recognized = recognition.recognize(self.graph, self._check_recognition)
+
+    def _check_recognition(self, match: Match, results: list[fx.Node]) -> None:
+        if self.settings.verify != "off":
+            verify.check(match, results)
+
+    def _one(self, fusion: Fusion) -> None:
+        if fusion.transform is not None:
+            self.report.sites.extend(fusion.transform(self.graph))
+        else:
+            self._patterns(fusion)
+        self._dump(fusion.name)
+
+    def _patterns(self, fusion: Fusion) -> None:
+        roots = dict.fromkeys(node for p in fusion.patterns for node in candidates(self.graph, compile_pattern(p)))
+        moved = False
+        for node in sorted(roots):
+            if not node.users:
+                continue
+            match = find(fusion, self.graph, node)
+            if match is not None and self._rewrite(fusion, match):
+                moved = True
+        if moved:
+            views.remove_needless(self.graph)
+            torch_internals.tidy(self.graph)
+
+    def _rewrite(self, fusion: Fusion, match: Match) -> bool:
+        root = match.outputs[0]
+        reason = self._objection(fusion, match)
+        if reason is None:
+            assert fusion.rewrite is not None
+            rewrite = Rewrite(match, self.settings.allow_reference)
+            try:
+                finished = rewrite.finish(fusion.rewrite(rewrite))
+                if self.settings.verify != "off":
+                    verify.check(match, finished)
+                site = self._site(fusion, rewrite)
+            except NotRewritten as why:
+                reason = str(why)
+            except verify.Differs as difference:
+                if self.settings.verify == "raise":
+                    raise
+                reason = f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
+                warnings.warn(f"{fusion.name} at {module_path(root)} {reason}", stacklevel=2)
+            except Exception as error:  # a fusion's own code, perhaps a third party's: the model must still run
+                reason = f"undone, the rewrite raised {type(error).__name__}: {error}"
+                warnings.warn(f"{fusion.name} at {module_path(root)} {reason}\n{traceback.format_exc()}", stacklevel=2)
+            else:
+                rewrite.commit(finished)
+                self.report.sites.append(site)
+                return True
+            rewrite.abandon()
+        self.report.near_misses.append(NearMiss(fusion.name, module_path(root), root.name, reason))
+        return False
+
+    def _objection(self, fusion: Fusion, match: Match) -> str | None:
+        for constraint in fusion.constraints:
+            if not constraint.holds(match):
+                return constraint.reason(match)
+        if not fusion.allow_shared:
+            for node, user in escapes(match.nodes.values(), match.outputs):
+                return f"{node.name} inside of it is also used by {user.name}"
+        if _would_cycle(match):
+            return "one of its inputs is computed from one of its outputs"
+        return None
+
+    def _site(self, fusion: Fusion, rewrite: Rewrite) -> Site:
+        sizes = rewrite.match.sizes
+        saved = fusion.bytes_saved()
+        saved = saved.subs({symbol: sizes[symbol.name] for symbol in saved.free_symbols}, simultaneous=True)
+        return Site(
+            fusion=fusion.name,
+            module=module_path(rewrite.match.outputs[0]),
+            pattern=rewrite.match.compiled.pattern.name,
+            implementations=tuple(rewrite.implementations),
+            sizes={name: str(size) for name, size in sizes.items()},
+            bytes_saved=str(saved),
+            bytes_saved_here=torch_internals.size_hint(saved, self.graph),
+        )
+
+    def _explain(self, fusions: Iterable[Fusion]) -> None:
+        for meaning in recognition.MEANINGS:
+            self.report.near_misses += near_miss.explain(meaning, self.graph, canonical=False)
+        for fusion in fusions:
+            said = {(miss.fusion, miss.module) for miss in self.report.near_misses}
+            found = near_miss.explain(fusion, self.graph)
+            self.report.near_misses += [miss for miss in found if (miss.fusion, miss.module) not in said]
+
+    def _tidy(self) -> None:
+        """Replace each custom op by the op of its implementation where the choice is already certain."""
+        torch_internals.tidy(self.graph)
+        recognition.restore(self.graph, self.recognized)
+        ops = {op.overload: op for op in custom_ops.library.ops().values()}
+        for node in self.graph.nodes:
+            op = ops.get(node.target) if node.op == "call_function" else None
+            if op is not None:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                implementation = op.choose(*args, **kwargs).implementation
+                implementation.prepare()  # what has to be built is built now, not in the first call
+                if implementation.overload is not None:
+                    node.target = implementation.overload
+        torch_internals.tidy(self.graph)
+        self.graph.lint()
+
+    def _timed(self, name: str, run: Any) -> None:
+        start = time.perf_counter()
+        run()
+        self.report.seconds[name] = time.perf_counter() - start
+
+    def _dump(self, name: str) -> None:
+        if self.settings.dump is not None:
+            folder = Path(self.settings.dump)
+            folder.mkdir(parents=True, exist_ok=True)
+            stem = f"{self.report.graph.replace('/', '_') or 'graph'}.{self._dumped:02d}.{name}.txt"
+            (folder / stem).write_text(f"{self.graph}\n")
+            self._dumped += 1
+
+
+def _would_cycle(match: Match) -> bool:
+    """Whether an input of the match depends on one of its outputs by a way outside of it."""
+    inside = set(match.nodes.values())
+    outputs = [node for node in match.outputs if node is not match.outputs[0]]
+    outside = [user for node in outputs for user in node.users if user not in inside and user < match.outputs[0]]
+    if not outside:
+        return False
+    first = min(outside)
+    stack = [chain[0][0] for chain in match.captured.values()]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in outside:
+            return True
+        if node not in seen and not node < first:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def _device_of(graph: fx.Graph) -> torch.device:
+    devices = [n.meta["val"].device for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+
+
+@functools.cache
+def _warn_unsupported() -> None:
+    first, last = (".".join(map(str, version)) for version in torch_internals.SUPPORTED)
+    warnings.warn(
+        f"fusion_passes supports torch {first} to {last}, this is {torch.__version__}: graphs compile unfused", stacklevel=2
+    )
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of every source file of both packages and of the shipped tables."""
+    digest = hashlib.sha256(custom_ops.library.source_hash().encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    found = [torch.__version__, repr(custom_ops.platform.cuda_capability())]
+    for package in ("triton", "sgl-deep-gemm", "flashinfer-python"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return tuple(found)
+
+
+def _foreign_fusions() -> list[Any]:
+    """What is known of fusions that are not ours: the code of their functions."""
+    return [
+        (name, *(repr((p.fn.__code__.co_code, p.fn.__code__.co_consts)) for p in fusion.patterns if hasattr(p.fn, "__code__")),
+         getattr(getattr(fusion.rewrite, "__code__", None), "co_code", None))
+        for name, fusion in registry().items() if not (getattr(fusion.rewrite or fusion.transform, "__module__", "") or "").startswith("fusion_passes.")
+    ]  # fmt: skip

@@ -1,0 +1,416 @@
+"""Finds a pattern's meaning in a user's graph.
+
+Both sides are read through one pair of glasses (:mod:`fusion_passes.operations`): a node is an operation with
+operands, and each operand is a *base* value plus an :class:`~fusion_passes.index_map.IndexMap` that says how
+views, expands and slices in between rearrange it. Matching then has three steps:
+
+1. *Shape-free*: operations, dtypes and constants are unified from the pattern's first output upwards,
+   commutative operands in either order; leaves of the pattern capture values of the graph.
+2. *Sizes*: every shape met on the way is an equation between a monomial of the pattern's size names
+   (``num_tokens * hidden_size``) and an expression of the graph; they are solved for the names.
+3. *Maps*: with the sizes known, the index maps of both sides must agree, operand by operand.
+
+The pattern is traced once, over sizes that are distinct primes, so that each number in its trace factors
+into size names without ambiguity. Nothing here adds a guard: sizes are compared as expressions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fusion_passes import index_map, torch_internals
+from fusion_passes.fusion import Fusion, Pattern, Scalar, SizeOf, Tensor
+from fusion_passes.index_map import IndexMap, Size
+from fusion_passes.operations import COMMUTATIVE, Operation, describe, is_tensor, read, shape_of, transparent
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
+_SCALARS = (0.12345678, 0.23456789, 0.34567891, 0.45678912)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where a match stopped. ``progress``: how many of the pattern's operations had been found by then."""
+
+    progress: int
+    total: int
+    node: fx.Node | None
+    reason: str
+
+
+class CompiledPattern:
+    """A pattern's trace, in which every number is a product of size names and every leaf has a name."""
+
+    def __init__(self, pattern: Pattern, canonical: bool = True) -> None:
+        self.pattern = pattern
+        names: list[str] = []
+        for spec in pattern.inputs.values():
+            expressions = spec.shape if isinstance(spec, Tensor) else (spec.name,) if isinstance(spec, SizeOf) else ()
+            for expression in expressions:
+                names += [str(s) for s in sorted(sympy.sympify(expression).free_symbols, key=str)]
+        self.sizes = dict(zip(dict.fromkeys(names), _PRIMES, strict=False))
+        self.symbols = {name: sympy.Symbol(name, positive=True, integer=True) for name in self.sizes}
+        scalars = [name for name, spec in pattern.inputs.items() if isinstance(spec, Scalar)]
+        self.scalars = dict(zip(scalars, _SCALARS, strict=False))
+        tensors = {name: spec for name, spec in pattern.inputs.items() if isinstance(spec, Tensor)}
+        self.graph = torch_internals.trace_pattern(
+            lambda *args: pattern.fn(**self._arguments(dict(zip(tensors, args, strict=True)))),
+            [(tuple(self.value(e) for e in spec.shape), spec.dtype or torch.bfloat16) for spec in tensors.values()],
+        )
+        if canonical:
+            from fusion_passes.canonical import recognition
+
+            recognition.recognize(self.graph)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.leaves = dict(zip(placeholders, tensors, strict=True))
+        outputs = next(node for node in self.graph.nodes if node.op == "output").args[0]
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        self.outputs = [read(node, None)[-1][0] for node in outputs]
+        self.operations = [node for node in self.graph.nodes if describe(node) and transparent(node) is None]
+
+    def _arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        specs = self.pattern.inputs.items()
+        sizes = {name: self.sizes[spec.name] for name, spec in specs if isinstance(spec, SizeOf)}
+        return {**tensors, **self.scalars, **sizes}
+
+    def value(self, expression: str) -> int:
+        return int(sympy.sympify(expression).subs(self.sizes))
+
+    def expression(self, expression: str) -> Any:
+        return sympy.sympify(expression, locals=self.symbols)
+
+    def monomial(self, size: Size) -> Any:
+        """A number of the trace as a product of size names."""
+        factors, rest = sympy.Integer(1), int(size)
+        for name, prime in self.sizes.items():
+            while rest and rest % prime == 0:
+                factors, rest = factors * self.symbols[name], rest // prime
+        return factors * rest
+
+    def is_size(self, number: int) -> bool:
+        return bool(number) and any(number % prime == 0 for prime in self.sizes.values())
+
+    def scalar_name(self, value: Any) -> str | None:
+        if isinstance(value, float):
+            for name, sentinel in self.scalars.items():
+                if math.isclose(value, sentinel, rel_tol=1e-6):
+                    return name
+        return None
+
+    @cached_property
+    def anchor(self) -> Operation:
+        operation = describe(self.outputs[0])
+        if operation is None:
+            raise ValueError(f"pattern {self.pattern.name!r}: its first output is one of its inputs")
+        return operation
+
+
+@dataclass
+class Match:
+    """A pattern found in a graph. ``rewrite`` functions read it and emit nodes through it."""
+
+    fusion: Fusion
+    compiled: CompiledPattern
+    graph: fx.Graph
+    nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    sizes: dict[str, Size] = field(default_factory=dict)
+    scalars: dict[str, float | fx.Node] = field(default_factory=dict)
+    captured: dict[str, list[tuple[fx.Node, IndexMap, IndexMap]]] = field(default_factory=dict)
+    maps: list[tuple[IndexMap, IndexMap, fx.Node]] = field(default_factory=list)
+    equations: list[tuple[Any, Size, fx.Node]] = field(default_factory=list)
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        return self.compiled.pattern.constants
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        return [self.nodes[node] for node in self.compiled.outputs]
+
+    @property
+    def device(self) -> torch.device:
+        return self.outputs[0].meta["val"].device
+
+    def complete(self) -> None:
+        """Find the outputs that are read from a tuple beside the first one; one that nobody reads is made."""
+        for output in self.compiled.outputs:
+            if output not in self.nodes and output.target is operator.getitem:
+                source, index = self.nodes[output.args[0]], output.args[1]
+                found = [user for user in source.users if user.target is operator.getitem and user.args[1] == index]
+                if not found:
+                    with self.graph.inserting_after(source):
+                        found = [self.graph.call_function(operator.getitem, (source, index))]
+                    found[0].meta["val"] = source.meta["val"][index]
+                self.nodes[output] = found[0]
+
+    def base(self, name: str) -> fx.Node:
+        """The captured tensor before any view that the user's code took of it."""
+        return self.captured[name][-1][0]
+
+    def copy_from(self, other: Match) -> None:
+        for name in ("nodes", "sizes", "scalars", "captured"):
+            setattr(self, name, dict(getattr(other, name)))
+        self.dtype, self.maps, self.equations = other.dtype, list(other.maps), list(other.equations)
+
+    def snapshot(self) -> Match:
+        saved = Match(self.fusion, self.compiled, self.graph)
+        saved.copy_from(self)
+        return saved
+
+
+class Matcher:
+    """Unifies one compiled pattern with one place of a graph, remembering how far it came."""
+
+    def __init__(self, fusion: Fusion, compiled: CompiledPattern, graph: fx.Graph) -> None:
+        self.match = Match(fusion, compiled, graph)
+        self.compiled = compiled
+        self.failure = Mismatch(-1, len(compiled.operations), None, "")
+
+    def run(self, pattern_node: fx.Node, node: fx.Node) -> bool:
+        """Unify everything above (and including) a node of the pattern; True when all three steps agree."""
+        return self._unify(pattern_node, node) and self._solve() and self._compare_maps()
+
+    def _fail(self, node: fx.Node | None, reason: str) -> bool:
+        progress = len(self.match.nodes)
+        if progress > self.failure.progress:
+            self.failure = Mismatch(progress, len(self.compiled.operations), node, reason)
+        return False
+
+    def _unify(self, pattern_node: fx.Node, node: fx.Node) -> bool:
+        known = self.match.nodes.get(pattern_node)
+        if known is not None:
+            return known is node or self._fail(node, f"{_name(node)} is not the {_name(known)} used elsewhere in it")
+        expected, found = describe(pattern_node), describe(node)
+        assert expected is not None
+        if found is None or found.name != expected.name:
+            return self._fail(node, f"expected {_short(expected.name)}, found {_found(node, found)}")
+        if found.attributes != expected.attributes:
+            return self._fail(node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}")
+        if is_tensor(pattern_node) and not self._same_dtype(pattern_node.meta["val"].dtype, node):
+            return False
+        if len(found.operands) != len(expected.operands):
+            return self._fail(node, f"{_short(found.name)} has {len(found.operands)} operands")
+        self.match.nodes[pattern_node] = node
+        orders = [found.operands]
+        if expected.name in COMMUTATIVE:
+            orders.append(found.operands[::-1])
+        before = self.match.snapshot()
+        for order in orders:
+            if all(self._operand(pattern_node, expected, p, node, t) for p, t in zip(expected.operands, order, strict=True)):
+                return True
+            self.match.copy_from(before)
+        del self.match.nodes[pattern_node]
+        return False
+
+    def _same_dtype(self, expected: torch.dtype, node: fx.Node) -> bool:
+        found = node.meta["val"].dtype
+        if expected is torch.bfloat16:  # stands for the activation dtype
+            if self.match.dtype is None and found in ACTIVATION_DTYPES:
+                self.match.dtype = found
+            return found == self.match.dtype or self._fail(
+                node, f"{_name(node)} is {found}, expected {self.match.dtype or 'bfloat16 or float16'}"
+            )
+        return found == expected or self._fail(node, f"{_name(node)} is {found}, expected {expected}")
+
+    def _operand(self, pattern_reader: fx.Node, operation: Operation, expected: Any, reader: fx.Node, found: Any) -> bool:
+        if not isinstance(expected, fx.Node):
+            return self._constant(expected, reader, found)
+        if not is_tensor(expected):  # a tuple, read by getitem
+            return (isinstance(found, fx.Node) and not is_tensor(found) and self._unify(expected, found)) or self._fail(
+                reader, f"{_name(reader)} reads {_name(found)}"
+            )
+        if not is_tensor(found):
+            return self._fail(reader, f"{_name(reader)} has {found!r} where a tensor is expected")
+        pointwise = operation.kind == "pointwise"
+        chain = read(found, shape_of(reader) if pointwise else None)
+        pattern_base, pattern_map = read(expected, shape_of(pattern_reader) if pointwise else None)[-1]
+        if operation.kind in ("opaque", "rowwise") and not self._shapes(operation.kind, expected, reader, found):
+            return False
+        if operation.kind == "reduction":
+            self._reduction(operation, reader)
+        if pattern_base in self.compiled.leaves:
+            return self._capture(self.compiled.leaves[pattern_base], pattern_map, chain)
+        base, mapping = chain[-1]
+        self.match.maps.append((pattern_map, mapping, reader))
+        return self._unify(pattern_base, base)
+
+    def _shapes(self, kind: str, expected: fx.Node, reader: fx.Node, found: fx.Node) -> bool:
+        expected_shape, shape = shape_of(expected), shape_of(found)
+        if kind == "rowwise":
+            expected_shape, shape = expected_shape[-1:], shape[-1:]
+        if len(shape) != len(expected_shape):
+            return self._fail(reader, f"{_name(reader)} reads a {len(shape)}-D tensor, expected {len(expected_shape)}-D")
+        for size, value in zip(expected_shape, shape, strict=True):
+            self.match.equations.append((self.compiled.monomial(size), value, reader))
+        return True
+
+    def _reduction(self, operation: Operation, reader: fx.Node) -> None:
+        theirs = describe(reader)
+        assert theirs is not None
+        for kept in (False, True):
+            size = index_map.product([s for s, k in operation.digits if k is kept])
+            value = index_map.product([s for s, k in theirs.digits if k is kept])
+            self.match.equations.append((self.compiled.monomial(size), value, reader))
+        self.match.maps.append((operation.digits, theirs.digits, reader))
+
+    def _constant(self, expected: Any, reader: fx.Node, found: Any) -> bool:
+        name = self.compiled.scalar_name(expected)
+        if name is None:
+            if isinstance(expected, int) and isinstance(found, int) and self.compiled.is_size(expected):
+                self.match.equations.append((self.compiled.monomial(expected), found, reader))
+                return True
+            return (not isinstance(found, fx.Node) and found == expected) or self._fail(
+                reader, f"{_name(reader)} has {_name(found)}, expected {expected!r}"
+            )
+        if is_tensor(found):
+            if found.meta["val"].dim() != 0:
+                return self._fail(reader, f"{name} is a tensor of {found.meta['val'].dim()} dimensions, not a number")
+            while (operation := describe(found)) is not None and operation.name == "cast":
+                found = operation.operands[0]
+        elif not isinstance(found, (int, float)):
+            return self._fail(reader, f"{name} is {found!r}, expected a number")
+        known = self.match.scalars.setdefault(name, found)
+        return known == found or self._fail(reader, f"{name} is {found} here and {known} elsewhere")
+
+    def _capture(self, name: str, pattern_map: IndexMap, chain: list[tuple[fx.Node, IndexMap]]) -> bool:
+        spec = self.compiled.pattern.inputs[name]
+        assert isinstance(spec, Tensor)
+        if not self._same_dtype(spec.dtype or torch.bfloat16, chain[0][0]):
+            return False
+        new = [(node, mapping, pattern_map) for node, mapping in chain]
+        known = self.match.captured.setdefault(name, new)
+        return known[-1][0] is chain[-1][0] or self._fail(chain[0][0], f"{name} is not one value: {_name(known[-1][0])} and {_name(chain[-1][0])}")
+
+    def _solve(self) -> bool:
+        match, sizes = self.match, self.match.sizes
+        root = self.compiled.outputs[0]
+        if root in match.nodes:
+            numel = index_map.product(shape_of(root))
+            match.equations.append((self.compiled.monomial(numel), index_map.product(shape_of(match.nodes[root])), match.nodes[root]))
+        pending = list(match.equations)
+        while pending:
+            left = []
+            for expression, value, node in pending:
+                remaining = self._substitute(expression)
+                unknown = remaining.free_symbols & set(self.compiled.symbols.values()) - set(self._bound())
+                if not unknown:
+                    if not index_map.same_size(_plain(remaining), value):
+                        return self._fail(node, f"{expression} is {_plain(remaining)}, but {_name(node)} has {value}")
+                elif len(unknown) == 1 and (size := index_map.divide(value, _plain(remaining / next(iter(unknown))))) is not None:
+                    sizes[next(iter(unknown)).name] = size
+                else:
+                    left.append((expression, value, node))
+            if len(left) == len(pending) and not self._bind_trailing():
+                break
+            pending = left
+        # a size that only counts the rows of an input needs no value; one that matters shows up in the maps
+        while self._bind_trailing():
+            pass
+        return True
+
+    def _bound(self) -> list[sympy.Symbol]:
+        # a graph may name a symbol as a pattern does; sizes are substituted at once, so only ours are asked for
+        return [self.compiled.symbols[name] for name in self.match.sizes]
+
+    def _substitute(self, expression: Any) -> Any:
+        return sympy.sympify(expression).subs({self.compiled.symbols[n]: s for n, s in self.match.sizes.items()}, simultaneous=True)
+
+    def _bind_trailing(self) -> bool:
+        """Sizes that no operation fixes follow from the widest trailing dimension that a captured value has."""
+        for name, chain in self.match.captured.items():
+            spec = self.compiled.pattern.inputs[name]
+            assert isinstance(spec, Tensor)
+            expression = self._substitute(self.compiled.expression(spec.shape[-1]))
+            unknown = [s for s in expression.free_symbols if s.name in self.compiled.sizes and s.name not in self.match.sizes]
+            if len(unknown) != 1:
+                continue
+            sizes = [shape_of(node)[-1] for node, *_ in chain if node.meta["val"].dim()]
+            fixed = [size for size in sizes if isinstance(size, int)]
+            size = index_map.divide(max(fixed), _plain(expression / unknown[0])) if fixed else None
+            if size is not None:
+                self.match.sizes[unknown[0].name] = size
+                return True
+        return False
+
+    def resolved(self, pattern_map: IndexMap) -> IndexMap:
+        digits = [(_plain(self._substitute(self.compiled.monomial(size))), kept) for size, kept in pattern_map]
+        return index_map.collapse(digits)
+
+    def _compare_maps(self) -> bool:
+        if self.compiled.outputs[0] not in self.match.nodes:
+            return True  # a partial match, made to explain a near miss, leaves some sizes open
+        for pattern_map, mapping, node in self.match.maps:
+            if not index_map.same_map(self.resolved(pattern_map), mapping):
+                return self._fail(node, f"{_name(node)} reads its operand as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}")
+        for name, chain in self.match.captured.items():
+            fitting = [c for c in chain if index_map.same_map(self.resolved(c[2]), c[1])]
+            if not fitting:
+                node, mapping, pattern_map = chain[0]
+                return self._fail(node, f"{name} is read as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}")
+            self.match.captured[name] = fitting
+        return True
+
+
+def _plain(size: Any) -> Size:
+    return int(size) if getattr(size, "is_number", False) else size
+
+
+def _digits(mapping: IndexMap) -> str:
+    return " x ".join(f"{size}{'' if kept else ' repeated'}" for size, kept in mapping) or "one element"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("aten.").removeprefix("prims.").split(".")[0]
+
+
+def _name(value: Any) -> str:
+    return value.name if isinstance(value, fx.Node) else repr(value)
+
+
+def _found(node: fx.Node, operation: Operation | None) -> str:
+    return f"{_short(operation.name)} ({node.name})" if operation else f"{node.op} {node.name}"
+
+
+_compiled: dict[tuple[int, bool], tuple[Pattern, CompiledPattern]] = {}
+
+
+def compile_pattern(pattern: Pattern, canonical: bool = True) -> CompiledPattern:
+    """Trace a pattern, once a process; ``canonical``: and bring it to the form that graphs are brought to."""
+    key = (id(pattern), canonical)
+    entry = _compiled.get(key)
+    if entry is None or entry[0] is not pattern:
+        entry = _compiled[key] = (pattern, CompiledPattern(pattern, canonical))
+    return entry[1]
+
+
+def candidates(graph: fx.Graph, compiled: CompiledPattern) -> Iterator[fx.Node]:
+    """The nodes at which a match of the pattern could end."""
+    wanted, dtype = compiled.anchor, compiled.outputs[0].meta["val"].dtype
+    for node in graph.nodes:
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        found = node.meta["val"].dtype
+        if found == dtype or dtype is torch.bfloat16 and found in ACTIVATION_DTYPES:
+            operation = describe(node)
+            if operation is not None and operation.name == wanted.name:
+                yield node
+
+
+def find(fusion: Fusion, graph: fx.Graph, node: fx.Node, canonical: bool = True) -> Match | None:
+    """The match of any of the fusion's patterns that ends at a node."""
+    for pattern in fusion.patterns:
+        matcher = Matcher(fusion, compile_pattern(pattern, canonical), graph)
+        if matcher.run(matcher.compiled.outputs[0], node):
+            matcher.match.complete()
+            return matcher.match
+    return None

@@ -1,0 +1,71 @@
+"""Why a fusion did not fire where one could think it should.
+
+A fusion names the operation that gives its subject away (``rsqrt`` for a norm, the cast to float8 for a
+quantization). Where such an operation is left in the rewritten graph, each pattern is laid on it: upwards by the
+matcher, then downwards reader by reader, until the graph and the pattern part. The pattern that came furthest
+tells the reason.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fusion_passes.fusion import Fusion
+from fusion_passes.matching import CompiledPattern, Matcher, Mismatch, compile_pattern
+from fusion_passes.operations import describe, module_path, readers
+from fusion_passes.reporting import NearMiss
+
+THRESHOLD = 0.5
+"""The part of a pattern's operations that must be there before its absence is worth a line."""
+
+
+def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[NearMiss]:
+    """The near misses of one fusion, or with ``canonical`` false of one meaning."""
+    patterns = [compile_pattern(pattern, canonical) for pattern in fusion.patterns]
+    misses = []
+    for node in graph.nodes:
+        if not _gives_away(fusion, node):
+            continue
+        attempts = [a for p in patterns for s in p.operations if _gives_away(fusion, s) for a in [_attempt(fusion, graph, p, s, node)]]
+        best = max(attempts, key=lambda a: a.progress / a.total, default=None)
+        if best is not None and best.progress >= THRESHOLD * best.total:
+            misses.append(NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason))
+    return misses
+
+
+def _gives_away(fusion: Fusion, node: fx.Node) -> bool:
+    operation = describe(node)
+    if operation is None or operation.name != fusion.signature:
+        return False
+    dtype = node.meta["val"].dtype
+    return operation.name != "cast" or dtype is torch.float8_e4m3fn
+
+
+def _attempt(fusion: Fusion, graph: fx.Graph, compiled: CompiledPattern, start: fx.Node, node: fx.Node) -> Mismatch:
+    """Lay the pattern on ``node`` with its operation ``start``, and walk down as far as it fits."""
+    matcher = Matcher(fusion, compiled, graph)
+    if not matcher.run(start, node):
+        return matcher.failure
+    reached, place = start, node
+    while reached is not compiled.outputs[0]:
+        expected = next(readers(reached), None)
+        if expected is None:
+            break
+        found = list(readers(place))
+        for reader in found:
+            further = Matcher(fusion, compiled, graph)
+            if further.run(expected, reader):
+                matcher, reached, place = further, expected, reader
+                break
+            if further.failure.progress > matcher.failure.progress:
+                matcher.failure = further.failure
+        else:
+            operation = describe(expected)
+            wanted = operation.name.split(".")[1] if operation and "." in operation.name else operation and operation.name
+            names = ", ".join(reader.name for reader in found) or "the graph's output"
+            reason = f"{place.name} is read by {names}, where the fusion expects {wanted}"
+            if matcher.failure.progress > len(matcher.match.nodes):
+                reason = matcher.failure.reason
+            return Mismatch(len(matcher.match.nodes), len(compiled.operations), place, reason)
+    return Mismatch(0, len(compiled.operations), node, "")

@@ -1,0 +1,141 @@
+"""Quantizes the linears of a model, as plain PyTorch that any backend runs and this one fuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["Fp8BlockLinear", "load_fp8_block_", "quantize_"]
+
+BLOCK = 128
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+MIN_AMAX = 1e-10
+
+
+class Fp8BlockLinear(nn.Module):
+    """A linear with block-scaled FP8 weights and activations quantized on the fly, in plain PyTorch.
+
+    The tensors are those of DeepSeek-V3 and Qwen3-FP8 checkpoints: ``weight`` float8_e4m3fn [out_features,
+    in_features], ``weight_scale_inv`` float32 [ceil(out_features / 128), ceil(in_features / 128)] (the factor that
+    *dequantizes*, despite its name), ``bias`` in the activation dtype or None. Activations get one float32 scale
+    per token and 128 channels. The result is what eager PyTorch computes from these words: operands dequantized,
+    rounded to the activation dtype, multiplied.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        blocks = (-(-out_features // BLOCK), -(-in_features // BLOCK))
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn, device=device))
+        self.register_buffer("weight_scale_inv", torch.ones(blocks, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Fp8BlockLinear:
+        weight = linear.weight.detach()
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype)
+        new.weight, new.weight_scale_inv = quantize_weight(weight)
+        if linear.bias is not None:
+            new.bias = linear.bias.detach().clone()
+        return new
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding = -self.in_features % BLOCK
+        groups = F.pad(x, (0, padding)) if padding else x
+        groups = groups.float().unflatten(-1, (-1, BLOCK))
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX) / FP8_MAX
+        codes = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
+        if padding:
+            dequantized = dequantized[..., : self.in_features]
+        return F.linear(dequantized, dequantize_weight(self.weight, self.weight_scale_inv, x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
+
+
+def dequantize_weight(weight: torch.Tensor, weight_scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] float8 and [ceil(out / 128), ceil(in / 128)] float32 -> [out, in] ``dtype``, rounded once."""
+    rows, columns = weight.shape
+    blocks = weight_scale_inv.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return (weight.float() * blocks).to(dtype)
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, in] -> float8_e4m3fn [out, in] and one float32 scale per 128 x 128 block (the last ones may be cut)."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R, 128, C, 128]
+    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=MIN_AMAX) / FP8_MAX
+    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    codes = codes.reshape(padded.shape)[:rows, :columns]
+    return codes.contiguous(), scale[:, 0, :, 0].contiguous()
+
+
+def quantize_(
+    model: nn.Module, scheme: str = "fp8_block", *, filter: Callable[[str, nn.Linear], bool] | None = None
+) -> nn.Module:
+    """Replace the linears of a model, in place; returns the model.
+
+    scheme: ``"fp8_block"`` (the only one so far): :class:`Fp8BlockLinear`.
+    filter: ``filter(name, linear)`` says which linears to take; None takes all but those that share their weight
+        with another module (tied embeddings) and the output projection ``lm_head``, which such checkpoints keep in
+        16 bits.
+
+    Raises ValueError for an unknown scheme, a linear that is not bfloat16 or float16, or nothing to quantize.
+    """
+    if scheme != "fp8_block":
+        raise ValueError(f"scheme is {scheme!r}; accepted: 'fp8_block'")
+    shared = _shared_weights(model)
+    take = filter or (lambda name, linear: name.split(".")[-1] != "lm_head" and linear.weight.data_ptr() not in shared)
+    chosen = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)]
+    for name, linear in chosen:
+        if linear.weight.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"{name}.weight is {linear.weight.dtype}; accepted: torch.bfloat16, torch.float16")
+    if not chosen:
+        raise ValueError("the model has no torch.nn.Linear to quantize")
+    for name, linear in chosen:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Fp8BlockLinear.from_linear(linear))
+    return model
+
+
+def load_fp8_block_(model: nn.Module, source: str | PathLike[str] | Mapping[str, torch.Tensor], *, strict: bool = True) -> nn.Module:
+    """Load the tensors of an FP8 block checkpoint into a model whose linears were replaced by :func:`quantize_`.
+
+    source: a safetensors file, or the tensors themselves by name (``...weight``, ``...weight_scale_inv``, ``...bias``
+        and whatever else the model has). strict: as in ``load_state_dict``.
+
+    Nothing is loaded unless everything fits. Raises ValueError naming the tensor, its shape and dtype, and what is
+    accepted; KeyError for missing or, when strict, unexpected names.
+    """
+    if not isinstance(source, Mapping):
+        from safetensors.torch import load_file
+
+        source = load_file(source)
+    own = model.state_dict()
+    for name, tensor in source.items():
+        if name in own and tensor.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(own[name].shape)}")
+        if name in own and torch.float8_e4m3fn in (tensor.dtype, own[name].dtype) and tensor.dtype != own[name].dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; accepted: {own[name].dtype}")
+    missing, unexpected = sorted(own.keys() - source.keys()), sorted(source.keys() - own.keys())
+    if strict and (missing or unexpected):
+        raise KeyError(f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}")
+    model.load_state_dict(dict(source), strict=strict)
+    return model
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    seen: dict[int, str] = {}
+    shared = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if seen.setdefault(parameter.data_ptr(), name) != name:
+            shared.add(parameter.data_ptr())
+    return shared

@@ -1,0 +1,168 @@
+"""What a compilation did: what fired where, what it saves, what almost fired and why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+__all__ = ["NearMiss", "Report", "Site", "add", "report", "reports", "reset_reports"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rewrite. ``bytes_saved``: an expression over the graph's sizes; ``bytes_saved_here``: at the sizes traced."""
+
+    fusion: str
+    module: str
+    pattern: str = ""
+    implementations: tuple[str, ...] = ()
+    sizes: dict[str, str] = field(default_factory=dict)
+    bytes_saved: str = "0"
+    bytes_saved_here: int | None = None
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that a fusion recognized in part, or recognized and must not rewrite, and the reason."""
+
+    fusion: str
+    module: str
+    node: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """One compiled graph. Printing it gives a table; ``to_json`` everything."""
+
+    graph: str = ""
+    device: str = ""
+    sites: list[Site] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    states: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    nodes_before: int = 0
+    nodes_after: int = 0
+    from_cache: bool = False
+
+    @property
+    def matches(self) -> dict[str, int]:
+        """How often each fusion fired; a fusion that did not fire is not in it."""
+        return dict(Counter(site.fusion for site in self.sites))
+
+    @property
+    def bytes_saved(self) -> dict[str, tuple[sympy.Expr, int | None]]:
+        """Per fusion, the memory traffic saved in one call: over the graph's symbolic sizes, and at the sizes seen."""
+        totals: dict[str, tuple[sympy.Expr, int | None]] = {}
+        for site in self.sites:
+            expression, here = totals.get(site.fusion, (sympy.Integer(0), 0))
+            known = None if here is None or site.bytes_saved_here is None else here + site.bytes_saved_here
+            totals[site.fusion] = (sympy.expand(expression + sympy.sympify(site.bytes_saved)), known)
+        return totals
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "matches": self.matches}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        data = json.loads(text)
+        data.pop("matches", None)
+        data["sites"] = [Site(**{**site, "implementations": tuple(site["implementations"])}) for site in data["sites"]]
+        data["near_misses"] = [NearMiss(**miss) for miss in data["near_misses"]]
+        data["states"] = {name: (bool(on), why) for name, (on, why) in data["states"].items()}
+        return cls(**data)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            for table in self._tables():
+                console.print(table)
+            for note in self.notes:
+                console.print(f"note: {note}")
+        return capture.get().rstrip()
+
+    def _tables(self) -> Iterable[Any]:
+        from rich.table import Table
+
+        cached = ", from the cache" if self.from_cache else ""
+        table = Table(title=f"{self.graph or 'graph'} on {self.device or '?'}: {self.nodes_before} -> {self.nodes_after} nodes{cached}")
+        for column in ("fusion", "fired", "bytes saved", "at the sizes seen", "state"):
+            table.add_column(column, overflow="fold")
+        saved = self.bytes_saved
+        for name, (on, why) in self.states.items():
+            expression, here = saved.get(name, ("", None))
+            fired = str(self.matches.get(name, 0)) if on else "off"
+            table.add_row(name, fired, str(expression), "" if here is None else f"{here:,}", why)
+        yield table
+        if self.near_misses:
+            misses = Table(title="almost")
+            for column in ("fusion", "where", "node", "why not"):
+                misses.add_column(column, overflow="fold")
+            for (fusion, reason), group in _grouped(self.near_misses).items():
+                where = group[0].module + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+                misses.add_row(fusion, where, group[0].node, reason)
+            yield misses
+
+
+def _grouped(misses: Iterable[NearMiss]) -> dict[tuple[str, str], list[NearMiss]]:
+    groups: dict[tuple[str, str], list[NearMiss]] = {}
+    for miss in misses:
+        words = " ".join("*" if miss.node in word else word for word in miss.reason.split())
+        groups.setdefault((miss.fusion, words if miss.node else miss.reason), []).append(miss)
+    return groups
+
+
+_lock = threading.Lock()
+_reports: list[Report] = []
+
+
+def add(new: Report) -> None:
+    with _lock:
+        _reports.append(new)
+
+
+def publish(new: Report, destination: bool | Path) -> None:
+    """What ``FUSION_PASSES_REPORT`` asks for: print the report, or write all reports so far to a file as JSON."""
+    if destination is True:
+        print(new)
+    elif destination:
+        write(Path(destination), "[" + ",\n".join(each.to_json() for each in reports()) + "]\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def report() -> Report:
+    """The report of the latest compilation. Raises LookupError when nothing was compiled yet."""
+    with _lock:
+        if not _reports:
+            raise LookupError("no graph was compiled with fusion_passes yet: call the compiled model first")
+        return _reports[-1]
+
+
+def reports() -> list[Report]:
+    """All reports since the start or the last :func:`reset_reports`, oldest first."""
+    with _lock:
+        return list(_reports)
+
+
+def reset_reports() -> None:
+    with _lock:
+        _reports.clear()

@@ -1,0 +1,190 @@
+"""Puts a match's replacement into the graph: the nodes, their metadata, the views around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import custom_ops
+from fusion_passes import index_map, torch_internals
+from fusion_passes.fusion import Tensor
+from fusion_passes.index_map import Size
+from fusion_passes.matching import Match
+from fusion_passes.operations import shape_of
+
+aten = torch.ops.aten
+
+
+class NotRewritten(Exception):
+    """A match that cannot be rewritten, with the sentence for the report."""
+
+
+class Rewrite:
+    """What a fusion's ``rewrite`` works with: the captured values in, new nodes out.
+
+    Nodes are inserted before the match's first output. Nothing in the graph changes until
+    :meth:`commit`; :meth:`abandon` takes back what was emitted.
+    """
+
+    def __init__(self, match: Match, allow_reference: bool) -> None:
+        self.match = match
+        self.graph = match.graph
+        self.allow_reference = allow_reference
+        self.emitted: list[fx.Node] = []
+        self.implementations: list[str] = []
+        self.call_nodes: list[fx.Node] = []
+        self._anchor = match.outputs[0]
+        self._lead: tuple[Size, ...] | None = None
+        self._fake_mode = torch_internals.fake_mode_of(self.graph)
+
+    @property
+    def constants(self) -> Any:
+        return self.match.constants
+
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self.match.dtype is not None
+        return self.match.dtype
+
+    def size(self, name: str) -> Size:
+        return self.match.sizes[name]
+
+    def scalar(self, name: str) -> float | fx.Node:
+        value = self.match.scalars[name]
+        if isinstance(value, fx.Node):
+            with self.graph.inserting_before(self._anchor):
+                value = torch_internals.runtime_scalar(self.graph, value)
+            self.emitted.append(value)
+        return value
+
+    def tensor(self, name: str) -> fx.Node:
+        """A captured tensor with the trailing dimension that the pattern declares.
+
+        Tensors over tokens keep the leading dimensions of the user's graph, the same for all of them. A node of
+        the graph that already has the shape is used; a view is emitted only where there is none.
+        """
+        spec = self.match.compiled.pattern.inputs[name]
+        assert isinstance(spec, Tensor)
+        last = self._resolve(spec.shape[-1])
+        chain = [node for node, *_ in self.match.captured[name]]
+        over_tokens = spec.shape[0] == "num_tokens" and len(spec.shape) > 1
+        fitting = [n for n in chain if n.meta["val"].dim() and index_map.same_size(shape_of(n)[-1], last)]
+        if len(spec.shape) == 1:
+            fitting = [n for n in fitting if n.meta["val"].dim() == 1]
+        elif not over_tokens:
+            fitting = [n for n in fitting if n.meta["val"].dim() == len(spec.shape)]
+        elif self._lead is not None:
+            fitting = [n for n in fitting if _same_shape(shape_of(n)[:-1], self._lead)]
+        if fitting:
+            chosen = fitting[0]
+        else:
+            lead = self._lead if over_tokens and self._lead is not None else _split_lead(shape_of(chain[0]), last)
+            chosen = self.view(chain[0], (*lead, last))
+        if over_tokens:
+            self._lead = shape_of(chosen)[:-1]
+        return chosen
+
+    def call(self, op_name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Emit a custom op. Raises :class:`NotRewritten` where only its reference could run, unless allowed."""
+        op = custom_ops.library.ops()[op_name]
+        fake_args, fake_kwargs = self._fake(args), self._fake(kwargs)
+        choice = op.choose(*fake_args, **fake_kwargs)
+        name = choice.implementation.name
+        if name == "reference" and not self.allow_reference:
+            raise NotRewritten(
+                f"{op_name} has no fused implementation here ("
+                + "; ".join(f"{other}: {why}" for other, why in choice.rejected.items())
+                + "); FUSION_PASSES_ALLOW_REFERENCE=1 would use the reference"
+            )
+        node = self._emit(op.overload, args, kwargs)
+        self.implementations.append(f"{op_name}:{name}")
+        self.call_nodes.append(node)
+        return node
+
+    def outputs_of(self, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
+        """The elements of a node that returns several tensors."""
+        import operator
+
+        return tuple(self._emit(operator.getitem, (node, index), {}) for index in range(count))
+
+    def view(self, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
+        if _same_shape(shape_of(node), shape):
+            return node
+        symbolic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+        sizes = [-1 if [i] == symbolic else self._size_argument(node, size) for i, size in enumerate(shape)]
+        return self._emit(aten.view.default, (node, sizes), {})
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return self._emit(torch.ops.prims.convert_element_type.default, (node, dtype), {})
+
+    def emit(self, target: Any, *args: Any) -> fx.Node:
+        return self._emit(target, args, {})
+
+    def finish(self, results: Sequence[fx.Node]) -> list[fx.Node]:
+        """The results in the shapes and dtypes of the outputs that they replace."""
+        finished = []
+        for result, output in zip(results, self.match.outputs, strict=True):
+            expected, got = output.meta["val"], result.meta["val"]
+            if got.dtype != expected.dtype or got.device != expected.device:
+                raise NotRewritten(f"the replacement of {output.name} is {got.dtype} on {got.device}, not {expected.dtype}")
+            finished.append(self.view(result, shape_of(output)))
+        return finished
+
+    def commit(self, finished: Sequence[fx.Node]) -> None:
+        inside = {*self.emitted, *self.match.nodes.values()}
+        for output, node in zip(self.match.outputs, finished, strict=True):
+            output.replace_all_uses_with(node, delete_user_cb=lambda user: user not in inside)
+
+    def abandon(self) -> None:
+        for node in reversed(self.emitted):
+            self.graph.erase_node(node)
+        self.emitted.clear()
+
+    def _resolve(self, expression: str) -> Size:
+        compiled = self.match.compiled
+        value = compiled.expression(expression).subs(
+            {compiled.symbols[name]: size for name, size in self.match.sizes.items()}, simultaneous=True
+        )
+        return int(value) if value.is_number else value
+
+    def _size_argument(self, node: fx.Node, size: Size) -> int | fx.Node:
+        if isinstance(size, int):
+            return size
+        for source in (node, *(base for chain in self.match.captured.values() for base, *_ in chain), *self.match.outputs[1:]):
+            for dim, found in enumerate(shape_of(source)):
+                if index_map.same_size(found, size):
+                    return self._emit(aten.sym_size.int, (source, dim), {})
+        raise NotRewritten(f"no tensor of the match has a dimension of size {size}")
+
+    def _emit(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.call_function(target, tuple(args), kwargs)
+        self.emitted.append(node)
+        with self._fake_mode:
+            fake = getattr(target, "fake", target)  # a meaning has a fake of its own
+            node.meta["val"] = fake(*self._fake(args), **self._fake(kwargs))
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self._anchor.meta:
+                node.meta[key] = self._anchor.meta[key]
+        return node
+
+    def _fake(self, value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: node.meta["val"])
+
+
+def _same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(index_map.same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _split_lead(shape: Sequence[Size], last: Size) -> tuple[Size, ...]:
+    """The leading dimensions that are left when the trailing ones are merged into one of size ``last``."""
+    for split in range(len(shape), -1, -1):
+        if index_map.same_size(index_map.product(shape[split:]), last) and split < len(shape):
+            return tuple(shape[:split])
+    lead = index_map.divide(index_map.product(shape), last)
+    if lead is None:
+        raise NotRewritten(f"a tensor of shape {tuple(shape)} cannot be viewed with a last dimension of {last}")
+    return (lead,)

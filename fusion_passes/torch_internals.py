@@ -1,0 +1,161 @@
+"""Every private PyTorch API that the package uses, behind names of our own.
+
+An upgrade of PyTorch that moves one of them is mended here and nowhere else. ``SUPPORTED`` is the range of
+versions that the test suite has run on; outside of it graphs compile unfused, with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+__all__ = [
+    "CustomGraphPass",
+    "SUPPORTED",
+    "compile_id",
+    "compile_with_inductor",
+    "fake_mode_of",
+    "inductor_default",
+    "inductor_mode_options",
+    "is_supported",
+    "reset_cudagraphs",
+    "runtime_scalar",
+    "size_hint",
+    "size_to_expr",
+    "tidy",
+    "trace_pattern",
+    "zeros_of",
+]
+
+SUPPORTED = ((2, 11), (2, 13))
+"""First and last minor version that the test suite has run on, both inclusive."""
+
+
+def is_supported(version: str = torch.__version__) -> bool:
+    major, minor = version.split(".")[:2]
+    return SUPPORTED[0] <= (int(major), int(minor)) <= SUPPORTED[1]
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the graph was traced in, found on the metadata of its nodes."""
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    from torch._dispatch.python import enable_python_dispatcher
+
+    # The python dispatcher lets composite ops (linear, rms_norm) decompose the way AOTAutograd decomposes them.
+    with torch.no_grad(), enable_python_dispatcher():
+        yield
+
+
+def trace_pattern(fn: Callable[..., Any], shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> fx.Graph:
+    """Trace ``fn`` over fake CPU tensors with the decompositions that Inductor applies to a user's graph."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode() as mode:
+        args = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        with _quiet_tracing(), mode:
+            traced = make_fx(fn, decomposition_table=select_decomp_table())(*args)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+def size_to_expr(size: int | torch.SymInt) -> Any:
+    """A size as an ``int``, or as the sympy expression behind a SymInt. Never adds a guard."""
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
+        return int(expr) if expr.is_number else expr
+    return size
+
+
+def size_hint(expr: Any, graph: fx.Graph) -> int | None:
+    """The value that a symbolic size had in the call that was traced; None for a size without one."""
+    if isinstance(expr, int):
+        return expr
+    shape_env = fake_mode_of(graph).shape_env
+    if shape_env is None:
+        return None
+    values = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    value = expr.xreplace(dict(values))
+    return int(value) if value.is_number else None
+
+
+def runtime_scalar(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Read a 0-d tensor of the graph as a number at run time (``dynamic=True`` turns floats into such tensors).
+
+    These tensors live on the CPU, so reading one does not synchronise with a GPU.
+    """
+    fake_mode = fake_mode_of(graph)
+    item = graph.call_function(torch.ops.aten._local_scalar_dense.default, (node,))
+    shape_env = fake_mode.shape_env
+    if shape_env is None:
+        raise RuntimeError("a scalar known only at run time needs a graph traced with symbolic shapes")
+    item.meta["val"] = shape_env.create_unbacked_symfloat()
+    shape_env.pending_fresh_unbacked_symbols.clear()
+    return item
+
+
+def tidy(graph: fx.Graph) -> None:
+    """Bring the nodes into an order in which each follows its inputs, and erase what nothing uses."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)  # first: erasing dead code checks the order
+    graph.eliminate_dead_code()
+
+
+def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
+    """The Inductor options behind ``torch.compile(mode=...)``."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic))
+
+
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Compile as ``backend="inductor"`` does, validating option names and types in the same way."""
+    from torch import _TorchCompileInductorWrapper
+
+    return _TorchCompileInductorWrapper(mode=None, options=options, dynamic=None)(gm, example_inputs)
+
+
+def inductor_default(option: str) -> Any:
+    """The value of an Inductor option when nobody sets it in ``options``."""
+    from torch._inductor import config
+
+    return getattr(config, option)
+
+
+def reset_cudagraphs() -> None:
+    """What ``torch.compiler.reset()`` does for backend="inductor"."""
+    if torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+def compile_id() -> str:
+    """Dynamo's number of the graph that is being compiled, such as ``0/1`` (frame 0, second compilation)."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else ""
+
+
+def zeros_of(fake: Any) -> Any:
+    """Zeros on the device of a fake tensor, of the size it had in the call that was traced."""
+    if not isinstance(fake, torch.Tensor):
+        return int(fake) if isinstance(fake, torch.SymInt) else fake
+    shape = [size if isinstance(size, int) else size.node.hint for size in fake.shape]
+    return torch.zeros(shape, dtype=fake.dtype, device=fake.device)

@@ -1,0 +1,117 @@
+"""Comparisons and sample calls that the tests of custom_ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from custom_ops import library
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def outputs(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """One implementation of an op, called with the arguments of the op."""
+    declared = library.ops()[op]
+    chosen = next(i for i in declared.implementations if i.name == name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound, keywords = declared._bind(args, kwargs)
+        return chosen.function(*bound, **keywords)
+
+    return call
+
+
+def steps(actual: Tensor, expected: Tensor) -> Tensor:
+    """How many representable values lie between two tensors of one dtype; two NaNs are equal."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    ordered = []
+    for t in (actual, expected):
+        bits = t.contiguous().view(_INTEGERS[t.element_size()]).to(torch.int64)
+        magnitude = bits & (2 ** (8 * t.element_size() - 1) - 1)
+        ordered.append(torch.where(bits < 0, -magnitude, magnitude))
+    nan_actual, nan_expected = actual.float().isnan(), expected.float().isnan()
+    distance = (ordered[0] - ordered[1]).abs()
+    distance[nan_actual & nan_expected] = 0
+    distance[nan_actual ^ nan_expected] = 2**40
+    return distance
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Same dtype, shape, strides and bits, except that any NaN equals any NaN; -0 is not 0."""
+    for a, e in zip(outputs(actual), outputs(expected), strict=True):
+        assert a.stride() == e.stride()
+        different = steps(a, e) != 0
+        assert not different.any(), (
+            f"{int(different.sum())} of {a.numel()} differ, first at {different.nonzero()[0].tolist()}"
+        )
+        zero = (a.float() == 0) & (e.float() == 0)
+        assert torch.equal(a.float().signbit()[zero], e.float().signbit()[zero])
+
+
+def assert_few_flips(actual: Any, expected: Any, fraction: float = 1e-4, at_least: int = 2) -> None:
+    """Same strides; at most `fraction` of the values differ (or `at_least` values), each by one step."""
+    for a, e in zip(outputs(actual), outputs(expected), strict=True):
+        assert a.stride() == e.stride()
+        distance = steps(a, e)
+        assert int(distance.max() if a.numel() else 0) <= 1
+        assert int((distance != 0).sum()) <= max(at_least, fraction * a.numel())
+
+
+@contextmanager
+def fake_mode() -> Iterator[Callable[[Any], Any]]:
+    """A FakeTensorMode, and a function that turns the tensors of a structure into fakes."""
+    with FakeTensorMode() as mode:
+        yield lambda tree: pytree.tree_map_only(Tensor, mode.from_tensor, tree)
+
+
+def bf16(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape).to(torch.bfloat16).to(device)
+
+
+def fp8(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape).to(torch.float8_e4m3fn).to(device)
+
+
+def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int = 256) -> list:
+    """(op name, args, kwargs): a call of every op, in the layouts and modes that it has."""
+    x, r = bf16(*tokens, hidden, device=device), bf16(*tokens, hidden, device=device)
+    w = bf16(hidden, device=device)
+    packed = bf16(*tokens, 2 * hidden, device=device)
+    gate, up = packed.chunk(2, -1)
+    a, b = fp8(*tokens, hidden, device=device), fp8(130, hidden, device=device)
+    a_scale = torch.rand(*tokens, hidden // 128, device=device)
+    b_scale = torch.rand(2, hidden // 128, device=device)
+    tma = {"scale_layout": "column_major_tma"}
+    return [
+        ("group_quant", (x, 128), {}),
+        ("group_quant", (x, 64), {"scale_layout": "column_major", "min_amax": 0.0}),
+        ("group_quant", (packed[..., hidden:], 128), tma),
+        ("silu_mul", (gate, up), {}),
+        ("silu_mul_group_quant", (gate, up, 128), tma),
+        ("silu_mul_group_quant", (gate, up, 64), {}),
+        ("rms_norm", (x, w, 1e-6), {}),
+        ("rms_norm", (x, w.float(), 1e-6), {"weight_mode": "float32_plus_one"}),
+        ("add_rms_norm", (x, r, w, 1e-6), {}),
+        ("add_rms_norm", (x, r, w.float(), 1e-6), {"weight_mode": "float32"}),
+        ("rms_norm_group_quant", (x, w, 1e-6, 128), tma),
+        ("add_rms_norm_group_quant", (x, r, w, 1e-6, 128), {}),
+        ("add_rms_norm_group_quant", (gate, up, w, 1e-6, 64), {"scale_layout": "column_major"}),
+        ("block_scaled_mm", (a, a_scale, b, b_scale), {}),
+        ("block_scaled_mm", (a, a_scale, b, b_scale), {"out_dtype": torch.float32}),
+    ]
+
+
+SAMPLE_IDS = [f"{i}-{name}" for i, (name, _, _) in enumerate(samples())]
