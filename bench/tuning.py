@@ -51,7 +51,8 @@ def verdict(fusion: str, rows: Sequence[Row]) -> dict[str, Any]:
         return {"on": False, "why": "not measured", "rows": []}
     speedups = [round(row.ratios.get("plugin_of_inductor", 0.0), 3) for row in judged]
     evidence = [
-        {"case": row.case, **row.sizes, "speedup": speedup} for row, speedup in zip(judged, speedups)
+        {"case": row.case, **row.sizes, "speedup": speedup}
+        for row, speedup in zip(judged, speedups)
     ]
     on = min(speedups) >= NOISE and max(speedups) > 1.0
     if broken := [row for row in judged if "plugin_of_inductor" not in row.ratios]:

@@ -135,7 +135,7 @@ def load() -> None:
     _load(_find(arch) or build([arch]) / _name(arch))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(directory: Path) -> None:
     torch.ops.load_library(directory / LIBRARY)
 

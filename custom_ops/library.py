@@ -120,6 +120,11 @@ class Op:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     @functools.cached_property
+    def tensor_eps(self) -> torch._ops.OpOverload | None:
+        """The overload that takes eps as a 0-d CPU tensor, for ops that have an eps."""
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), "eps_tensor", None)
+
+    @functools.cached_property
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.public)
 
@@ -264,10 +269,38 @@ def define(
     _library.impl(name, op.kernel, "CPU")
     _library.impl(name, op.kernel, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_library)
+    if "float eps" in schema:
+        _define_tensor_eps(op)
     for function in (public, check, empty, reference):
         _require_signature(op, function)
     _ops[name] = op
     return op
+
+
+def _define_tensor_eps(op: Op) -> None:
+    """The overload `eps_tensor`: eps as a 0-d tensor on the CPU, read when the op runs.
+
+    `torch.compile(dynamic=True)` turns the float attributes of modules into such tensors, and a schema
+    with a float would need a guard on the value.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        arguments = op.signature.bind(*args, **kwargs).arguments
+        return op.overload(**arguments | {"eps": float(arguments["eps"])})
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        arguments = op.signature.bind(*args, **kwargs)
+        if arguments.arguments["eps"].device.type != "cpu":
+            device = arguments.arguments["eps"].device
+            raise ValueError(f"{op.name}: eps is a tensor on {device}; accepted: a 0-d tensor on the CPU")
+        arguments.arguments["eps"] = 0.0
+        return op.fake(*arguments.args, **arguments.kwargs)
+
+    name = f"{op.name}.eps_tensor"
+    _library.define(name + op.schema.replace("float eps", "Tensor eps"), tags=_TAGS)
+    _library.impl(name, kernel, "CPU")
+    _library.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 def _require_signature(op: Op, function: Callable[..., Any]) -> None:

@@ -60,10 +60,7 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name in ("Llama", "Qwen3", "Gemma3"):
         prefix = f"{name}Text" if name == "Gemma3" else name
         config = getattr(transformers, f"{prefix}Config")(**SIZES)
-        yield (
-            name,
-            lambda name=name, config=config: getattr(transformers, f"{name}ForCausalLM")(config),
-        )
+        yield name, partial(getattr(transformers, f"{name}ForCausalLM"), config)
 
 
 def run(device: str, progress: Callable[[str], None] = lambda text: None) -> list[Result]:

@@ -29,7 +29,7 @@ from fusion_passes.fusion import Fusion, registry
 from fusion_passes.matching import Match, candidates, compile_pattern, find
 from fusion_passes.operations import escapes, module_path
 from fusion_passes.reporting import NearMiss, Report, Site
-from fusion_passes.rewriting import NotRewritten, Rewrite
+from fusion_passes.rewriting import NotRewritten, Rewrite, choose
 from fusion_passes.settings import Settings
 
 __all__ = ["FusionPass", "StrictError"]
@@ -218,14 +218,15 @@ class _Run:
         """Replace each custom op by the op of its implementation where the choice is already certain."""
         torch_internals.tidy(self.graph)
         recognition.restore(self.graph, self.recognized)
-        ops = {op.overload: op for op in custom_ops.library.ops().values()}
+        ops = custom_ops.ops().values()
+        declared = {op.overload: op for op in ops} | {op.tensor_eps: op for op in ops if op.tensor_eps}
         for node in self.graph.nodes:
-            op = ops.get(node.target) if node.op == "call_function" else None
+            op = declared.get(node.target) if node.op == "call_function" else None
             if op is not None:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                implementation = op.choose(*args, **kwargs).implementation
+                implementation = choose(op, node.args, node.kwargs).implementation
+                assert implementation is not None
                 implementation.prepare()  # what has to be built is built now, not in the first call
-                if implementation.overload is not None:
+                if implementation.overload is not None and node.target is op.overload:
                     node.target = implementation.overload
         torch_internals.tidy(self.graph)
         self.graph.lint()

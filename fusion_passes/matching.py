@@ -275,6 +275,8 @@ class Matcher:
         if is_tensor(found):
             if found.meta["val"].dim() != 0:
                 return self._fail(reader, f"{name} is a tensor of {found.meta['val'].dim()} dimensions, not a number")
+            if found.meta["val"].device.type != "cpu":
+                return self._fail(reader, f"{name} is on a GPU, and reading it would wait for the GPU")
             while (operation := describe(found)) is not None and operation.name == "cast":
                 found = operation.operands[0]
         elif not isinstance(found, (int, float)):

@@ -12,8 +12,6 @@ from torch import nn
 __all__ = ["Fp8BlockLinear", "load_fp8_block_", "quantize_"]
 
 BLOCK = 128
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-MIN_AMAX = 1e-10
 
 
 class Fp8BlockLinear(nn.Module):
@@ -49,8 +47,9 @@ class Fp8BlockLinear(nn.Module):
         padding = -self.in_features % BLOCK
         groups = F.pad(x, (0, padding)) if padding else x
         groups = groups.float().unflatten(-1, (-1, BLOCK))
-        scale = groups.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX) / FP8_MAX
-        codes = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        # literals, as torch.compile(dynamic=True) takes a float that has a name for a value that may change
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+        codes = (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
         if padding:
             dequantized = dequantized[..., : self.in_features]
@@ -72,8 +71,8 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R, 128, C, 128]
-    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=MIN_AMAX) / FP8_MAX
-    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-10) / 448.0
+    codes = (blocks / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     codes = codes.reshape(padded.shape)[:rows, :columns]
     return codes.contiguous(), scale[:, 0, :, 0].contiguous()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 import custom_ops
+from custom_ops.library import Choice, Op
 from fusion_passes import index_map, torch_internals
 from fusion_passes.fusion import Tensor
 from fusion_passes.index_map import Size
@@ -35,7 +37,6 @@ class Rewrite:
         self.allow_reference = allow_reference
         self.emitted: list[fx.Node] = []
         self.implementations: list[str] = []
-        self.call_nodes: list[fx.Node] = []
         self._anchor = match.outputs[0]
         self._lead: tuple[Size, ...] | None = None
         self._fake_mode = torch_internals.fake_mode_of(self.graph)
@@ -53,12 +54,8 @@ class Rewrite:
         return self.match.sizes[name]
 
     def scalar(self, name: str) -> float | fx.Node:
-        value = self.match.scalars[name]
-        if isinstance(value, fx.Node):
-            with self.graph.inserting_before(self._anchor):
-                value = torch_internals.runtime_scalar(self.graph, value)
-            self.emitted.append(value)
-        return value
+        """A captured number; a 0-d tensor on the CPU where the value is known only at run time."""
+        return self.match.scalars[name]
 
     def tensor(self, name: str) -> fx.Node:
         """A captured tensor with the trailing dimension that the pattern declares.
@@ -89,9 +86,9 @@ class Rewrite:
 
     def call(self, op_name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Emit a custom op. Raises :class:`NotRewritten` where only its reference could run, unless allowed."""
-        op = custom_ops.library.ops()[op_name]
-        fake_args, fake_kwargs = self._fake(args), self._fake(kwargs)
-        choice = op.choose(*fake_args, **fake_kwargs)
+        op = custom_ops.ops()[op_name]
+        choice = choose(op, args, kwargs)
+        assert choice.implementation is not None
         name = choice.implementation.name
         if name == "reference" and not self.allow_reference:
             raise NotRewritten(
@@ -99,15 +96,15 @@ class Rewrite:
                 + "; ".join(f"{other}: {why}" for other, why in choice.rejected.items())
                 + "); FUSION_PASSES_ALLOW_REFERENCE=1 would use the reference"
             )
-        node = self._emit(op.overload, args, kwargs)
+        at_run_time = any(isinstance(arg, fx.Node) and arg in self.match.scalars.values() for arg in args)
+        overload = op.tensor_eps if at_run_time else op.overload
+        assert overload is not None
+        node = self._emit(overload, args, kwargs)
         self.implementations.append(f"{op_name}:{name}")
-        self.call_nodes.append(node)
         return node
 
     def outputs_of(self, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
         """The elements of a node that returns several tensors."""
-        import operator
-
         return tuple(self._emit(operator.getitem, (node, index), {}) for index in range(count))
 
     def view(self, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
@@ -173,6 +170,17 @@ class Rewrite:
 
     def _fake(self, value: Any) -> Any:
         return fx.node.map_arg(value, lambda node: node.meta["val"])
+
+
+def choose(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
+    """What would run an op in a graph; a number that is known only at run time does not matter for it."""
+
+    def value(node: fx.Node) -> Any:
+        fake = node.meta["val"]
+        return 0.0 if isinstance(fake, torch.Tensor) and fake.dim() == 0 else fake
+
+    fake_args, fake_kwargs = fx.node.map_arg((tuple(args), dict(kwargs)), value)
+    return op.choose(*fake_args, **fake_kwargs)
 
 
 def _same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:

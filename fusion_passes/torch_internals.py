@@ -26,7 +26,6 @@ __all__ = [
     "inductor_mode_options",
     "is_supported",
     "reset_cudagraphs",
-    "runtime_scalar",
     "size_hint",
     "size_to_expr",
     "tidy",
@@ -89,21 +88,6 @@ def size_hint(expr: Any, graph: fx.Graph) -> int | None:
     values = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
     value = expr.xreplace(dict(values))
     return int(value) if value.is_number else None
-
-
-def runtime_scalar(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Read a 0-d tensor of the graph as a number at run time (``dynamic=True`` turns floats into such tensors).
-
-    These tensors live on the CPU, so reading one does not synchronise with a GPU.
-    """
-    fake_mode = fake_mode_of(graph)
-    item = graph.call_function(torch.ops.aten._local_scalar_dense.default, (node,))
-    shape_env = fake_mode.shape_env
-    if shape_env is None:
-        raise RuntimeError("a scalar known only at run time needs a graph traced with symbolic shapes")
-    item.meta["val"] = shape_env.create_unbacked_symfloat()
-    shape_env.pending_fresh_unbacked_symbols.clear()
-    return item
 
 
 def tidy(graph: fx.Graph) -> None:

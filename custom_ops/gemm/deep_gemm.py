@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import platform
-from custom_ops.gemm.reference import BLOCK
-from custom_ops.scales import as_rows, known
+from custom_ops.scales import as_rows, has_layout, known, pitch_of
 
 # TMA reads and writes rows whose pitch is a multiple of 16 bytes.
 _K_MULTIPLE = 16
@@ -71,8 +70,19 @@ def block_scaled_mm(
             "a kernel for it, which must not happen while a CUDA graph is captured; run the op once "
             "with these sizes before the capture"
         )
-    scale = a_scale if a_scale.dim() == 2 else a_scale.reshape(m, -(-k // BLOCK))
+    left = (rows, _scale_rows(a_scale, m))
+    right = (b.contiguous(), b_scale.contiguous())
     with torch.cuda.device(a.device):
-        deep_gemm.fp8_gemm_nt((rows, scale), (b.contiguous(), b_scale.contiguous()), out.view(m, n))
+        deep_gemm.fp8_gemm_nt(left, right, out.view(m, n))
     compiled.add(problem)
     return out
+
+
+def _scale_rows(a_scale: Tensor, m: int) -> Tensor:
+    """a_scale as [M, G]. Spelled out for the TMA-aligned layout: with one token a view may take any
+    stride for the tokens, and DeepGEMM would transpose what is in place already.
+    """
+    groups = a_scale.shape[-1]
+    if has_layout(a_scale, "column_major_tma"):
+        return a_scale.as_strided((m, groups), (1, pitch_of(m, "column_major_tma")))
+    return a_scale.reshape(m, groups)

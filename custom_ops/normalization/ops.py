@@ -128,7 +128,9 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, weight_mode: str
             f"{op}: weight.dtype is {weight.dtype}; accepted with weight_mode {weight_mode!r} and "
             f"x of {x.dtype}: {accepted}"
         )
-    if not 0.0 <= eps < math.inf:
+    if not (
+        isinstance(eps, torch.SymFloat) or 0.0 <= eps < math.inf
+    ):  # a SymFloat is checked when it runs
         raise ValueError(f"{op}: eps is {eps}; accepted: a finite number >= 0")
 
     def shape() -> str:

@@ -80,7 +80,7 @@ def special_values(dtype: torch.dtype) -> list[float]:
         info.smallest_normal / 4,
         -info.smallest_normal / 2,
         1.0,
-        -2.0**-6,
+        -(2.0**-6),
         2.0**-10,
         256.0,
         448.0,
@@ -162,7 +162,9 @@ def _nan(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @st.composite
 def fp8_codes(
-    draw: st.DrawFn, shape: tuple[int, ...] | st.SearchStrategy[tuple[int, ...]], device: str = "cpu"
+    draw: st.DrawFn,
+    shape: tuple[int, ...] | st.SearchStrategy[tuple[int, ...]],
+    device: str = "cpu",
 ) -> Tensor:
     """A contiguous float8_e4m3fn tensor of finite codes, all of them equally likely."""
     size = draw(shape) if isinstance(shape, st.SearchStrategy) else tuple(shape)

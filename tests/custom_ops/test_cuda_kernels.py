@@ -69,12 +69,16 @@ def assert_same_quantized(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> 
     assert torch.equal(torch.where(nan, 0, a), torch.where(nan, 0, b))
 
 
-def count_flips(got: tuple[Tensor, ...], want: tuple[Tensor, ...], group_size: int) -> tuple[int, int]:
+def count_flips(
+    got: tuple[Tensor, ...], want: tuple[Tensor, ...], group_size: int
+) -> tuple[int, int]:
     """Codes that differ, and codes that differ by more than a step although their scale is the same."""
     for a, b in zip(got[:2], want[:2], strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     apart = (steps(got[0]) - steps(want[0])).abs()
-    same = ((got[1] == want[1]) | (got[1].isnan() & want[1].isnan())).repeat_interleave(group_size, -1)
+    same = ((got[1] == want[1]) | (got[1].isnan() & want[1].isnan())).repeat_interleave(
+        group_size, -1
+    )
     return int((apart > 0).sum()), int(((apart > 1) & same).sum())
 
 
@@ -203,7 +207,9 @@ def test_silu_mul(ops, dtype: torch.dtype) -> None:
 def test_silu_mul_of_every_gate(ops) -> None:
     """All 65536 bfloat16 and float16: specials equal eager's, the rest is within an ulp of it."""
     for dtype in DTYPES:
-        gate = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype).view(256, 256)
+        gate = (
+            torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype).view(256, 256)
+        )
         got = ops.silu_mul(gate, torch.ones_like(gate))
         want = activation.silu_mul(gate, torch.ones_like(gate))
         nan = want.isnan()
@@ -245,6 +251,9 @@ def norm_weight(cols: int, dtype: torch.dtype, mode: str, float32: bool) -> Tens
     return weight if float32 else weight.to(dtype)
 
 
+# A row in a part of a warp, in a warp, in a block; odd; past what registers hold.
+NORM_COLS = [1, 8, 63, 64, 120, 128, 192, 256, 264, 512, 1000, 1024, 1032]
+NORM_COLS += [4096, 7168, 8200, 16384, 20000, 40001]
 WEIGHTS = [("rounded", False), *itertools.product(WEIGHT_MODES[1:], (False, True))]
 
 
@@ -252,7 +261,7 @@ WEIGHTS = [("rounded", False), *itertools.product(WEIGHT_MODES[1:], (False, True
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(ops, dtype: torch.dtype, mode: str, float32: bool) -> None:
     flipped = total = 0
-    for cols in (1, 8, 63, 64, 120, 128, 192, 256, 264, 512, 1000, 1024, 1032, 4096, 7168, 8200, 16384, 20000, 40001):
+    for cols in NORM_COLS:
         weight = norm_weight(cols, dtype, mode, float32)
         for rows in (1, 5, 700):
             x = randn(rows, cols, dtype=dtype, spread=3)
@@ -288,9 +297,12 @@ def test_rms_norm_is_no_further_from_float64_than_eager(ops, dtype: torch.dtype)
 @pytest.mark.parametrize(("mode", "float32"), WEIGHTS)
 @pytest.mark.parametrize("group_size", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_group_quant(ops, dtype: torch.dtype, group_size: int, mode: str, float32: bool) -> None:
+def test_rms_norm_group_quant(
+    ops, dtype: torch.dtype, group_size: int, mode: str, float32: bool
+) -> None:
     for (rows, cols), layout in itertools.product(
-        ((1, 128), (3, 384), (700, 256), (129, 4096), (1031, 7168), (9, 16384), (5, 20480)), SCALE_LAYOUTS
+        ((1, 128), (3, 384), (700, 256), (129, 4096), (1031, 7168), (9, 16384), (5, 20480)),
+        SCALE_LAYOUTS,
     ):
         x = randn(rows, cols, dtype=dtype, spread=2)
         residual = randn(rows, cols, dtype=dtype, spread=2)
@@ -304,7 +316,9 @@ def test_rms_norm_group_quant(ops, dtype: torch.dtype, group_size: int, mode: st
         assert_same_quantized(got, ops.group_quant(normed, group_size, **quant))
 
         got = ops.add_rms_norm_group_quant(x, residual, weight, EPS, group_size, **options)
-        want = normalization.add_rms_norm_group_quant(x, residual, weight, EPS, group_size, **options)
+        want = normalization.add_rms_norm_group_quant(
+            x, residual, weight, EPS, group_size, **options
+        )
         assert_few_flips(got, want, group_size)
         assert torch.equal(got[2], want[2])
         normed, _ = ops.add_rms_norm(x, residual, weight, EPS, weight_mode=mode)
@@ -330,7 +344,9 @@ def test_a_row_has_the_same_bits_in_any_batch(ops, cols: int) -> None:
     for rows in (1, 2, 100, 511, 513):
         part = ops.add_rms_norm_group_quant(x[:rows], residual[:rows], weight, EPS, 64)
         for a, b in zip(whole, part, strict=True):
-            assert torch.equal(a[:rows].contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+            assert torch.equal(
+                a[:rows].contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+            )
 
 
 def test_more_rows_than_a_grid_has_in_y(ops) -> None:
@@ -400,7 +416,9 @@ BAD = {
     "bfloat16 or float16": lambda ops: ops.group_quant(torch.ones(2, 128, device="cuda"), 128),
     "shape of gate": lambda ops: ops.silu_mul(torch.ones(2, 8, **X), torch.ones(2, 9, **X)),
     "dtype of gate": lambda ops: ops.silu_mul(torch.ones(2, 8, **X), torch.ones(2, 8, **X).half()),
-    "weight must be contiguous": lambda ops: ops.rms_norm(torch.ones(2, 8, **X), torch.ones(9, **X), EPS),
+    "weight must be contiguous": lambda ops: ops.rms_norm(
+        torch.ones(2, 8, **X), torch.ones(9, **X), EPS
+    ),
     "weight_mode must": lambda ops: ops.rms_norm(
         torch.ones(2, 8, **X), torch.ones(8, **X), EPS, weight_mode="gemma"
     ),
@@ -431,6 +449,8 @@ def test_opcheck(ops, layout: str) -> None:
     tests = ("test_schema", "test_faketensor")
     quant = {"scale_layout": layout}
     torch.library.opcheck(ops.group_quant.default, (x, 128), quant, test_utils=tests)
-    torch.library.opcheck(ops.silu_mul_group_quant.default, (x, x.clone(), 64), quant, test_utils=tests)
+    torch.library.opcheck(
+        ops.silu_mul_group_quant.default, (x, x.clone(), 64), quant, test_utils=tests
+    )
     arguments = (x, x.clone(), weight, EPS, 128)
     torch.library.opcheck(ops.add_rms_norm_group_quant.default, arguments, quant, test_utils=tests)

@@ -53,9 +53,7 @@ def test_an_implementation_with_another_signature_is_rejected(monkeypatch):
         return y * 2
 
     with pytest.raises(TypeError, match=r"custom_ops_test.twice: .*other.* takes .*'y'.*'x'"):
-        library.define(
-            twice, "(Tensor x) -> Tensor", check=twice, empty=twice, reference=other
-        )
+        library.define(twice, "(Tensor x) -> Tensor", check=twice, empty=twice, reference=other)
     assert "twice" not in library.ops()
 
 
@@ -92,7 +90,9 @@ def test_disabling_changes_what_runs(monkeypatch):
 def test_nothing_left_to_run_is_an_error_with_all_reasons(monkeypatch):
     monkeypatch.setenv("CUSTOM_OPS_DISABLE", "cuda,triton,reference")
     x = bf16(3, 128)
-    with pytest.raises(custom_ops.Unavailable, match="(?s)nothing can run.*not triton.*not reference"):
+    with pytest.raises(
+        custom_ops.Unavailable, match=r"(?s)nothing can run.*not triton.*not reference"
+    ):
         custom_ops.group_quant(x, 128)
     choice = custom_ops.explain("group_quant", x, 128)
     assert choice.implementation is None
@@ -186,7 +186,7 @@ def test_deep_gemm_refuses_to_compile_in_a_capture(monkeypatch):
     args = fp8(3, 256), torch.rand(3, 2), fp8(136, 256), torch.rand(2, 2)
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    with pytest.raises(RuntimeError, match="M=3, N=136, K=256.*before the capture"):
+    with pytest.raises(RuntimeError, match=r"M=3, N=136, K=256.*before the capture"):
         deep_gemm.block_scaled_mm(*args, out_dtype=torch.bfloat16)
     capturing[0] = False
     deep_gemm.block_scaled_mm(*args, out_dtype=torch.bfloat16)

@@ -23,7 +23,11 @@ def test_a_scale_is_recognised_in_the_layout_that_it_was_made_in(tokens, groups,
     assert layout in scales.layouts_of(scale)
 
 
-@given(tokens=token_shapes(min_tokens=1), groups=st.integers(1, 9), layout=st.sampled_from(SCALE_LAYOUTS))
+@given(
+    tokens=token_shapes(min_tokens=1),
+    groups=st.integers(1, 9),
+    layout=st.sampled_from(SCALE_LAYOUTS),
+)
 def test_distinct_elements_have_distinct_addresses(tokens, groups, layout):
     scale = scales.empty_scale(tokens, groups, layout, "cpu")
     scale.copy_(torch.arange(scale.numel()).reshape(scale.shape))
@@ -73,7 +77,9 @@ def test_quant_spec():
     spec = QuantSpec(group_shape=(128, 128))
     assert spec.scale_shape((300, 257)) == (3, 3)
     assert spec.max == 448.0
-    codes, scale = QuantSpec(group_shape=(1, 64), scale_layout="column_major").empty((5, 192), "cpu")
+    codes, scale = QuantSpec(group_shape=(1, 64), scale_layout="column_major").empty(
+        (5, 192), "cpu"
+    )
     assert (codes.dtype, codes.stride()) == (torch.float8_e4m3fn, (192, 1))
     assert (scale.shape, scale.stride()) == ((5, 3), (1, 5))
 
