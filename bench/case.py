@@ -30,7 +30,8 @@ class Case:
     inputs: draws the arguments of `plain` on a device.
     plain: the math in plain PyTorch; stock `torch.compile` gets it, and the plugin too.
     op, op_args: the op to call directly, and its arguments from the inputs; None for a whole model.
-    fusion: the fusion that this case decides about; it alone is on then. None: the default fusions.
+    fusion, beside: the fusion that this case decides about, and those that are on with it, alone. None: the
+        default fusions.
     moved_bytes, flops: the least that the work can do, for fractions of bandwidth and for TFLOP/s.
     others: further baselines by name, each a function of the inputs that returns what to time.
     check: a sentence on how a result differs from what eager returned, or None.
@@ -44,6 +45,7 @@ class Case:
     op: str | None = None
     op_args: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     fusion: str | None = None
+    beside: tuple[str, ...] = ()
     moved_bytes: int = 0
     flops: int = 0
     others: Mapping[str, Callable[[Inputs], Thunk]] = field(default_factory=dict)

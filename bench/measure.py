@@ -102,7 +102,9 @@ def _plugin(case: Case, plan: Plan) -> dict[str, Any]:
     import fusion_passes
 
     fusion_passes.reset_reports()
-    options: dict[str, Any] = {"fusions": case.fusion or plan.fusions}
+    options: dict[str, Any] = {
+        "fusions": ",".join((case.fusion, *case.beside)) if case.fusion else plan.fusions
+    }
     if plan.device.type == "cpu":
         options["allow_reference"] = True  # nothing else runs there
     return {"backend": "fusion_passes", "options": options}

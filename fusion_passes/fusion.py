@@ -16,6 +16,7 @@ never mentions FX: the matcher finds the meaning in a user's graph whatever view
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
@@ -139,6 +140,7 @@ class Fusion:
         return sympy.expand(_expression(self.bytes_before) - _expression(self.bytes_after))
 
 
+@functools.lru_cache(maxsize=None)
 def _expression(text: str) -> sympy.Expr:
     names = set(re.findall(r"[a-z_][a-z0-9_]*", text))
     return sympy.sympify(text, locals={name: sympy.Symbol(name, positive=True, integer=True) for name in names})

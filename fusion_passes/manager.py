@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -195,7 +196,7 @@ class _Run:
     def _site(self, fusion: Fusion, rewrite: Rewrite) -> Site:
         sizes = rewrite.match.sizes
         saved = fusion.bytes_saved()
-        saved = saved.subs({symbol: sizes[symbol.name] for symbol in saved.free_symbols}, simultaneous=True)
+        saved = saved.xreplace({symbol: sympy.sympify(sizes[symbol.name]) for symbol in saved.free_symbols})
         return Site(
             fusion=fusion.name,
             module=module_path(rewrite.match.outputs[0]),

@@ -37,6 +37,10 @@ _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
 _SCALARS = (0.12345678, 0.23456789, 0.34567891, 0.45678912)
 
 
+Monomial = tuple[int, tuple[str, ...]]
+"""A number times size names: ``(128, ("num_tokens", "num_groups"))``."""
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """Where a match stopped. ``progress``: how many of the pattern's operations had been found by then."""
@@ -52,13 +56,11 @@ class CompiledPattern:
 
     def __init__(self, pattern: Pattern, canonical: bool = True) -> None:
         self.pattern = pattern
-        names: list[str] = []
-        for spec in pattern.inputs.values():
-            expressions = spec.shape if isinstance(spec, Tensor) else (spec.name,) if isinstance(spec, SizeOf) else ()
-            for expression in expressions:
-                names += [str(s) for s in sorted(sympy.sympify(expression).free_symbols, key=str)]
-        self.sizes = dict(zip(dict.fromkeys(names), _PRIMES, strict=False))
-        self.symbols = {name: sympy.Symbol(name, positive=True, integer=True) for name in self.sizes}
+        specs = pattern.inputs.values()
+        expressions = [e for spec in specs for e in (spec.shape if isinstance(spec, Tensor) else (spec.name,) if isinstance(spec, SizeOf) else ())]
+        names = dict.fromkeys(str(s) for e in expressions for s in sorted(sympy.sympify(e).free_symbols, key=str))
+        self.sizes = dict(zip(names, _PRIMES, strict=False))
+        self._values = {e: int(sympy.sympify(e).subs(self.sizes)) for e in expressions}
         scalars = [name for name, spec in pattern.inputs.items() if isinstance(spec, Scalar)]
         self.scalars = dict(zip(scalars, _SCALARS, strict=False))
         tensors = {name: spec for name, spec in pattern.inputs.items() if isinstance(spec, Tensor)}
@@ -83,18 +85,16 @@ class CompiledPattern:
         return {**tensors, **self.scalars, **sizes}
 
     def value(self, expression: str) -> int:
-        return int(sympy.sympify(expression).subs(self.sizes))
+        return self._values[expression]
 
-    def expression(self, expression: str) -> Any:
-        return sympy.sympify(expression, locals=self.symbols)
-
-    def monomial(self, size: Size) -> Any:
+    def monomial(self, size: Size) -> Monomial:
         """A number of the trace as a product of size names."""
-        factors, rest = sympy.Integer(1), int(size)
+        names, rest = [], int(size)
         for name, prime in self.sizes.items():
             while rest and rest % prime == 0:
-                factors, rest = factors * self.symbols[name], rest // prime
-        return factors * rest
+                names.append(name)
+                rest //= prime
+        return rest, tuple(names)
 
     def is_size(self, number: int) -> bool:
         return bool(number) and any(number % prime == 0 for prime in self.sizes.values())
@@ -127,7 +127,7 @@ class Match:
     scalars: dict[str, float | fx.Node] = field(default_factory=dict)
     captured: dict[str, list[tuple[fx.Node, IndexMap, IndexMap]]] = field(default_factory=dict)
     maps: list[tuple[IndexMap, IndexMap, fx.Node]] = field(default_factory=list)
-    equations: list[tuple[Any, Size, fx.Node]] = field(default_factory=list)
+    equations: list[tuple[Monomial, Size, fx.Node]] = field(default_factory=list)
 
     @property
     def constants(self) -> Mapping[str, Any]:
@@ -140,6 +140,19 @@ class Match:
     @property
     def device(self) -> torch.device:
         return self.outputs[0].meta["val"].device
+
+    def value(self, monomial: Monomial) -> tuple[Size, list[str]]:
+        """The product of a monomial's known factors, and the names of the sizes that are not known yet."""
+        number, names = monomial
+        known = index_map.product([number, *(self.sizes[name] for name in names if name in self.sizes)])
+        return known, [name for name in names if name not in self.sizes]
+
+    def resolve(self, expression: str) -> Size:
+        """The value in the graph of an expression over size names."""
+        value, unknown = self.value(self.compiled.monomial(self.compiled.value(expression)))
+        if unknown:
+            raise ValueError(f"the size {unknown[0]} is not known in this match")
+        return value
 
     def complete(self) -> None:
         """Find the outputs that are read from a tuple beside the first one; one that nobody reads is made."""
@@ -302,16 +315,15 @@ class Matcher:
         pending = list(match.equations)
         while pending:
             left = []
-            for expression, value, node in pending:
-                remaining = self._substitute(expression)
-                unknown = remaining.free_symbols & set(self.compiled.symbols.values()) - set(self._bound())
+            for monomial, value, node in pending:
+                known, unknown = match.value(monomial)
                 if not unknown:
-                    if not index_map.same_size(_plain(remaining), value):
-                        return self._fail(node, f"{expression} is {_plain(remaining)}, but {_name(node)} has {value}")
-                elif len(unknown) == 1 and (size := index_map.divide(value, _plain(remaining / next(iter(unknown))))) is not None:
-                    sizes[next(iter(unknown)).name] = size
+                    if not index_map.same_size(known, value):
+                        return self._fail(node, f"{_product(monomial)} is {known}, but {_name(node)} has {value}")
+                elif len(unknown) == 1 and (size := index_map.divide(value, known)) is not None:
+                    sizes[unknown[0]] = size
                 else:
-                    left.append((expression, value, node))
+                    left.append((monomial, value, node))
             if len(left) == len(pending) and not self._bind_trailing():
                 break
             pending = left
@@ -320,33 +332,25 @@ class Matcher:
             pass
         return True
 
-    def _bound(self) -> list[sympy.Symbol]:
-        # a graph may name a symbol as a pattern does; sizes are substituted at once, so only ours are asked for
-        return [self.compiled.symbols[name] for name in self.match.sizes]
-
-    def _substitute(self, expression: Any) -> Any:
-        return sympy.sympify(expression).subs({self.compiled.symbols[n]: s for n, s in self.match.sizes.items()}, simultaneous=True)
-
     def _bind_trailing(self) -> bool:
         """Sizes that no operation fixes follow from the widest trailing dimension that a captured value has."""
         for name, chain in self.match.captured.items():
             spec = self.compiled.pattern.inputs[name]
             assert isinstance(spec, Tensor)
-            expression = self._substitute(self.compiled.expression(spec.shape[-1]))
-            unknown = [s for s in expression.free_symbols if s.name in self.compiled.sizes and s.name not in self.match.sizes]
+            known, unknown = self.match.value(self.compiled.monomial(self.compiled.value(spec.shape[-1])))
             if len(unknown) != 1:
                 continue
             sizes = [shape_of(node)[-1] for node, *_ in chain if node.meta["val"].dim()]
             fixed = [size for size in sizes if isinstance(size, int)]
-            size = index_map.divide(max(fixed), _plain(expression / unknown[0])) if fixed else None
+            size = index_map.divide(max(fixed), known) if fixed else None
             if size is not None:
-                self.match.sizes[unknown[0].name] = size
+                self.match.sizes[unknown[0]] = size
                 return True
         return False
 
     def resolved(self, pattern_map: IndexMap) -> IndexMap:
-        digits = [(_plain(self._substitute(self.compiled.monomial(size))), kept) for size, kept in pattern_map]
-        return index_map.collapse(digits)
+        """A map of the pattern with the graph's sizes in it; what is not known counts as 1."""
+        return index_map.collapse([(self.match.value(self.compiled.monomial(size))[0], kept) for size, kept in pattern_map])
 
     def _compare_maps(self) -> bool:
         if self.compiled.outputs[0] not in self.match.nodes:
@@ -363,8 +367,9 @@ class Matcher:
         return True
 
 
-def _plain(size: Any) -> Size:
-    return int(size) if getattr(size, "is_number", False) else size
+def _product(monomial: Monomial) -> str:
+    number, names = monomial
+    return " * ".join([*names, *([str(number)] if number != 1 or not names else [])])
 
 
 def _digits(mapping: IndexMap) -> str:

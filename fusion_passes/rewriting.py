@@ -65,7 +65,7 @@ class Rewrite:
         """
         spec = self.match.compiled.pattern.inputs[name]
         assert isinstance(spec, Tensor)
-        last = self._resolve(spec.shape[-1])
+        last = self.match.resolve(spec.shape[-1])
         chain = [node for node, *_ in self.match.captured[name]]
         over_tokens = spec.shape[0] == "num_tokens" and len(spec.shape) > 1
         fitting = [n for n in chain if n.meta["val"].dim() and index_map.same_size(shape_of(n)[-1], last)]
@@ -139,13 +139,6 @@ class Rewrite:
         for node in reversed(self.emitted):
             self.graph.erase_node(node)
         self.emitted.clear()
-
-    def _resolve(self, expression: str) -> Size:
-        compiled = self.match.compiled
-        value = compiled.expression(expression).subs(
-            {compiled.symbols[name]: size for name, size in self.match.sizes.items()}, simultaneous=True
-        )
-        return int(value) if value.is_number else value
 
     def _size_argument(self, node: fx.Node, size: Size) -> int | fx.Node:
         if isinstance(size, int):

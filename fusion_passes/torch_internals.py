@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
     "CustomGraphPass",
@@ -44,8 +43,10 @@ def is_supported(version: str = torch.__version__) -> bool:
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode that the graph was traced in, found on the metadata of its nodes."""
-    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+    for node in graph.nodes:
+        if isinstance(value := node.meta.get("val"), FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

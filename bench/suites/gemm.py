@@ -87,6 +87,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
             plain=linear,
             check=close(2e-2),
             fusion="block_scaled_linear",
+            beside=("group_quant",),
             moved_bytes=2 * m * k + n * k + 2 * m * n,
             flops=2 * m * n * k,
         )

@@ -40,11 +40,11 @@ constexpr float kFastGate = 80.0f;
 
 // round_T(g / (1 + exp(-g))), float32 inside, |g| <= kFastGate. The division is IEEE-exact up to what one step on
 // its residual leaves (the seed is 1 ulp off), so this differs from eager only through exp.
-template <typename T>
-__device__ __forceinline__ Vec<T> silu_quick(const Vec<T>& gate) {
-  Vec<T> out;
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> silu_quick(const Vec<T, N>& gate) {
+  Vec<T, N> out;
 #pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) {
+  for (int i = 0; i < N / 2; ++i) {
     const float2 g = Packed<T>::to_float(gate.pair[i]);
     const float dx = 1.0f + exp_negative<T>(g.x);
     const float dy = 1.0f + exp_negative<T>(g.y);
@@ -55,10 +55,10 @@ __device__ __forceinline__ Vec<T> silu_quick(const Vec<T>& gate) {
 }
 
 // The same for any g, out of line: it is rare, and would otherwise be most of the kernel.
-template <typename T>
-__device__ __noinline__ Vec<T> silu_any(Vec<T> gate) {
+template <typename T, int N>
+__device__ __noinline__ Vec<T, N> silu_any(Vec<T, N> gate) {
 #pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) {
+  for (int i = 0; i < N / 2; ++i) {
     const float2 g = Packed<T>::to_float(gate.pair[i]);
     gate.pair[i] = Packed<T>::from_float(__fdiv_rn(g.x, 1.0f + expf(-g.x)), __fdiv_rn(g.y, 1.0f + expf(-g.y)));
   }
@@ -67,74 +67,82 @@ __device__ __noinline__ Vec<T> silu_any(Vec<T> gate) {
 
 // round_T(a * b), packed. A product of two 16-bit floats is exact in float32, so one rounding is what
 // round_T(float32(a) * float32(b)) does too.
-template <typename T>
-__device__ __forceinline__ Vec<T> multiply(const Vec<T>& a, const Vec<T>& b) {
-  Vec<T> out;
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> multiply(const Vec<T, N>& a, const Vec<T, N>& b) {
+  Vec<T, N> out;
 #pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) out.pair[i] = __hmul2(a.pair[i], b.pair[i]);
+  for (int i = 0; i < N / 2; ++i) out.pair[i] = __hmul2(a.pair[i], b.pair[i]);
   return out;
 }
 
-template <typename T, int R, bool Aligned, bool Quant>
+template <typename T, int N, int R, bool Aligned, bool Quant>
 __global__ void __launch_bounds__(kThreads)
     silu_mul_kernel(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* out, int64_t rows,
                     int64_t cols, RowGrid grid, Quantized quantized) {
-  const RowTile at = row_tile<R>(grid, rows);
-  Vec<T> g[R];
-  Vec<T> u[R];
+  const RowTile at = row_tile<N, R>(grid, rows);
+  Vec<T, N> g[R];
+  Vec<T, N> u[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const int64_t row = at.row + i;
-    const T* const gp = gate + row * gate_stride + at.col;
-    const T* const upp = up + row * up_stride + at.col;
+    const T* const gate_at = gate + row * gate_stride + at.col;
+    const T* const up_at = up + row * up_stride + at.col;
     if (row >= rows) {
-      g[i] = u[i] = zero_vec<T>();
+      g[i] = u[i] = zero_vec<T, N>();
     } else {
-      g[i] = Aligned ? load_streaming(gp) : load_scalar(gp, cols - at.col);
-      u[i] = Aligned ? load_streaming(upp) : load_scalar(upp, cols - at.col);
+      g[i] = Aligned ? load_const<T, N>(gate_at) : load_scalar<T, N>(gate_at, cols - at.col);
+      u[i] = Aligned ? load_const<T, N>(up_at) : load_scalar<T, N>(up_at, cols - at.col);
     }
   }
-  bool quick = true;
+  Vec<T, N> product[R];
+  bool quick = true;  // as in group_quantize: checked after the quick way has been taken
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const float2 largest = Packed<T>::to_float(abs_max(g[i]));
     quick = quick && largest.x <= kFastGate && largest.y <= kFastGate;
+    product[i] = multiply(silu_quick(g[i]), u[i]);
   }
-  if (quick) {
+  if (!quick) {
 #pragma unroll
-    for (int i = 0; i < R; ++i) g[i] = multiply(silu_quick(g[i]), u[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < R; ++i) g[i] = multiply(silu_any(g[i]), u[i]);
+    for (int i = 0; i < R; ++i) product[i] = multiply(silu_any(g[i]), u[i]);
   }
   if constexpr (Quant) {
-    quantize_rows<T, R>(g, at, rows, cols, quantized);
+    quantize_rows(product, at, rows, cols, quantized);
   } else {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       if (at.row + i >= rows) break;
       T* const p = out + (at.row + i) * cols + at.col;
       if constexpr (Aligned) {
-        store_vec(p, g[i]);
+        store_vec(p, product[i]);
       } else {
-        store_scalar(p, g[i], cols - at.col);
+        store_scalar(p, product[i], cols - at.col);
       }
     }
   }
 }
 
+template <typename T, int N, int R, bool Aligned, bool Quant>
+void launch_kernel(Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols, const Quantized& quantized,
+                   cudaStream_t stream) {
+  const RowGrid grid = row_grid(rows, cols, N, R, Quant ? &quantized : nullptr);
+  silu_mul_kernel<T, N, R, Aligned, Quant><<<grid.blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(gate.data), gate.stride, static_cast<const T*>(up.data), up.stride,
+      static_cast<T*>(out), rows, cols, grid, quantized);
+}
+
 template <typename T, bool Quant>
 cudaError_t launch(Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols, const Quantized& quantized,
                    cudaStream_t stream) {
-  const bool aligned = vectorizable(gate.data, gate.stride, cols) && vectorizable(up.data, up.stride, cols);
-  const int rows_per_thread = !aligned || rows * cols < kManyElements ? 1 : 4;
-  const auto kernel = !aligned              ? silu_mul_kernel<T, 1, false, Quant>
-                      : rows_per_thread == 1 ? silu_mul_kernel<T, 1, true, Quant>
-                                             : silu_mul_kernel<T, 4, true, Quant>;
-  const RowGrid grid = row_grid(rows, cols, rows_per_thread);
-  kernel<<<grid.blocks, kThreads, 0, stream>>>(
-      static_cast<const T*>(gate.data), gate.stride, static_cast<const T*>(up.data), up.stride,
-      static_cast<T*>(out), rows, cols, grid, quantized);
+  if (!vectorizable(gate.data, gate.stride, cols) || !vectorizable(up.data, up.stride, cols)) {
+    launch_kernel<T, 8, 1, false, Quant>(gate, up, out, rows, cols, quantized, stream);
+  } else if (rows * cols < kFewElements) {
+    launch_kernel<T, 4, 1, true, Quant>(gate, up, out, rows, cols, quantized, stream);
+  } else if (rows * cols < kManyElements) {
+    launch_kernel<T, 8, 1, true, Quant>(gate, up, out, rows, cols, quantized, stream);
+  } else {
+    launch_kernel<T, 8, 4, true, Quant>(gate, up, out, rows, cols, quantized, stream);
+  }
   return cudaGetLastError();
 }
 

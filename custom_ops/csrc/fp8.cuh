@@ -1,11 +1,12 @@
-// Group quantization of values in registers: 8 (group of 64) or 16 (group of 128) neighbouring lanes hold one
-// group, eight elements each. The contract is custom_ops/scales.py:
+// Group quantization of values in registers: neighbouring lanes hold one group, N (4 or 8) elements each. The
+// contract is custom_ops/scales.py:
 //   amax = max(max |x|, min_amax), NaN propagating;  scale = amax / 448;  code = e4m3(x / scale)
 // with both divisions IEEE-exact, rounding to nearest even, saturating to +-448.
 #pragma once
 
 #include <cuda_fp8.h>
 
+#include "kernels.h"
 #include "vec.cuh"
 
 namespace custom_ops {
@@ -26,17 +27,15 @@ __device__ __forceinline__ uint32_t to_e4m3x4(float a, float b, float c, float d
 }
 
 // amax of the groups that R vectors of this lane belong to. Every lane of the warp calls it.
-template <typename T, int R>
-__device__ __forceinline__ void group_amax(const Vec<T> (&v)[R], int group_size, float min_amax, float (&amax)[R]) {
-  typename Vec<T>::Pair m[R];
+template <typename T, int N, int R>
+__device__ __forceinline__ void group_amax(const Vec<T, N> (&v)[R], int group_size, float min_amax,
+                                           float (&amax)[R]) {
+  typename Packed<T>::type m[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) m[i] = abs_max(v[i]);
-  if (group_size == 128) {
 #pragma unroll
-    for (int i = 0; i < R; ++i) m[i] = __hmax2_nan(m[i], __shfl_xor_sync(0xffffffffu, m[i], 8));
-  }
-#pragma unroll
-  for (int lanes = 4; lanes > 0; lanes /= 2) {
+  for (int lanes = 64 / N; lanes > 0; lanes /= 2) {
+    if (lanes == 64 / N && group_size == 64) continue;
 #pragma unroll
     for (int i = 0; i < R; ++i) m[i] = __hmax2_nan(m[i], __shfl_xor_sync(0xffffffffu, m[i], lanes));
   }
@@ -47,9 +46,18 @@ __device__ __forceinline__ void group_amax(const Vec<T> (&v)[R], int group_size,
   }
 }
 
-// Codes of eight elements and the scale of their group, for any amax. Quick: it is in the exact range.
-template <typename T, bool Quick>
-__device__ __forceinline__ uint2 quantize(const Vec<T>& v, float amax, float& scale) {
+// N codes, one byte each.
+template <int N>
+using Codes = std::conditional_t<N == 8, uint2, uint32_t>;
+
+__device__ __forceinline__ uint2 pack_codes(const float (&q)[8]) {
+  return make_uint2(to_e4m3x4(q[0], q[1], q[2], q[3]), to_e4m3x4(q[4], q[5], q[6], q[7]));
+}
+__device__ __forceinline__ uint32_t pack_codes(const float (&q)[4]) { return to_e4m3x4(q[0], q[1], q[2], q[3]); }
+
+// Codes of a vector and the scale of its group. Quick: amax is in the exact range.
+template <bool Quick, typename T, int N>
+__device__ __forceinline__ Codes<N> quantize(const Vec<T, N>& v, float amax, float& scale) {
   float lift = 1.0f;
   float divisor;
   float r;
@@ -64,37 +72,55 @@ __device__ __forceinline__ uint2 quantize(const Vec<T>& v, float amax, float& sc
     exact = divisor > 0.0f && divisor <= kLargestFloat;
     r = exact ? reciprocal(divisor) : reciprocal_approx(divisor);
   }
-  float q[kVec];
+  float q[N];
 #pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) {
+  for (int i = 0; i < N / 2; ++i) {
     const float2 f = Packed<T>::to_float(v.pair[i]);
     q[2 * i] = f.x;
     q[2 * i + 1] = f.y;
   }
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) {
+  for (int i = 0; i < N; ++i) {
     const float x = Quick ? q[i] : q[i] * lift;
     q[i] = Quick || exact ? divide_by_reciprocal(x, divisor, r) : x * r;
   }
-  return make_uint2(to_e4m3x4(q[0], q[1], q[2], q[3]), to_e4m3x4(q[4], q[5], q[6], q[7]));
+  return pack_codes(q);
 }
 
-// Group quantization of R vectors of this lane, in one branch-free piece unless one of them is extreme.
-// Every lane of the warp calls it.
-template <typename T, int R>
-__device__ __forceinline__ void group_quantize(const Vec<T> (&v)[R], int group_size, float min_amax,
-                                               uint2 (&codes)[R], float (&scale)[R]) {
+// Group quantization of R vectors of this lane. Every lane of the warp calls it. The quick way is taken before
+// it is known to be right, so that a small launch does not wait for the check.
+template <typename T, int N, int R>
+__device__ __forceinline__ void group_quantize(const Vec<T, N> (&v)[R], int group_size, float min_amax,
+                                               Codes<N> (&codes)[R], float (&scale)[R]) {
   float amax[R];
-  group_amax<T, R>(v, group_size, min_amax, amax);
+  group_amax(v, group_size, min_amax, amax);
   bool quick = true;
 #pragma unroll
-  for (int i = 0; i < R; ++i) quick = quick && amax[i] >= kExactAmax && amax[i] <= kLargestFloat;
-  if (quick) {
+  for (int i = 0; i < R; ++i) {
+    quick = quick && amax[i] >= kExactAmax && amax[i] <= kLargestFloat;
+    codes[i] = quantize<true>(v[i], amax[i], scale[i]);
+  }
+  if (quick) return;
 #pragma unroll
-    for (int i = 0; i < R; ++i) codes[i] = quantize<T, true>(v[i], amax[i], scale[i]);
-  } else {
+  for (int i = 0; i < R; ++i) codes[i] = quantize<false>(v[i], amax[i], scale[i]);
+}
+
+// Stores the scales that a lane holds for its group in R consecutive rows, if it is the group's first lane.
+// Column-major scales of consecutive rows are neighbours, and go out together where they are aligned.
+template <int R>
+__device__ __forceinline__ void store_scales(const float (&scale)[R], int64_t row, int64_t col, int64_t rows,
+                                             const Quantized& out) {
+  if (col & (out.group_size - 1)) return;
+  const int64_t group = col >> (out.group_size == 128 ? 7 : 6);
+  float* const p = out.scale + row * out.row_stride + group * out.group_stride;
+  if (R > 1 && out.row_stride == 1 && out.group_stride % R == 0 && row + R <= rows) {
+    if constexpr (R == 2) *reinterpret_cast<float2*>(p) = make_float2(scale[0], scale[1]);
+    if constexpr (R == 4) *reinterpret_cast<float4*>(p) = make_float4(scale[0], scale[1], scale[2], scale[3]);
+    return;
+  }
 #pragma unroll
-    for (int i = 0; i < R; ++i) codes[i] = quantize<T, false>(v[i], amax[i], scale[i]);
+  for (int i = 0; i < R; ++i) {
+    if (row + i < rows) p[i * out.row_stride] = scale[i];
   }
 }
 

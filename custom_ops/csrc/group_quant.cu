@@ -5,32 +5,41 @@
 namespace custom_ops {
 namespace {
 
-template <typename T, int R, bool Aligned>
+template <typename T, int N, int R, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     group_quant_kernel(const T* x, int64_t stride, int64_t rows, int64_t cols, RowGrid grid, Quantized out) {
-  const RowTile at = row_tile<R>(grid, rows);
-  Vec<T> v[R];
+  const RowTile at = row_tile<N, R>(grid, rows);
+  Vec<T, N> v[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const T* const p = x + (at.row + i) * stride + at.col;
     if (at.row + i >= rows) {
-      v[i] = zero_vec<T>();
+      v[i] = zero_vec<T, N>();
     } else {
-      v[i] = Aligned ? load_streaming(p) : load_scalar(p, kVec);
+      v[i] = Aligned ? load_streaming<T, N>(p) : load_scalar<T, N>(p, N);
     }
   }
-  quantize_rows<T, R>(v, at, rows, cols, out);
+  quantize_rows(v, at, rows, cols, out);
+}
+
+template <typename T, int N, int R, bool Aligned>
+void launch_kernel(Matrix x, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
+  const RowGrid grid = row_grid(rows, cols, N, R, &out);
+  group_quant_kernel<T, N, R, Aligned><<<grid.blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(x.data), x.stride, rows, cols, grid, out);
 }
 
 template <typename T>
-cudaError_t launch(Matrix m, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
-  const bool aligned = vectorizable(m.data, m.stride, cols);
-  const int rows_per_thread = !aligned || rows * cols < kManyElements ? 1 : 4;
-  const auto kernel = !aligned              ? group_quant_kernel<T, 1, false>
-                      : rows_per_thread == 1 ? group_quant_kernel<T, 1, true>
-                                             : group_quant_kernel<T, 4, true>;
-  const RowGrid grid = row_grid(rows, cols, rows_per_thread);
-  kernel<<<grid.blocks, kThreads, 0, stream>>>(static_cast<const T*>(m.data), m.stride, rows, cols, grid, out);
+cudaError_t launch(Matrix x, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
+  if (!vectorizable(x.data, x.stride, cols)) {
+    launch_kernel<T, 8, 1, false>(x, rows, cols, out, stream);
+  } else if (rows * cols < kFewElements) {
+    launch_kernel<T, 4, 1, true>(x, rows, cols, out, stream);
+  } else if (rows * cols < kManyElements) {
+    launch_kernel<T, 8, 1, true>(x, rows, cols, out, stream);
+  } else {
+    launch_kernel<T, 8, 4, true>(x, rows, cols, out, stream);
+  }
   return cudaGetLastError();
 }
 

@@ -110,36 +110,27 @@ __device__ __forceinline__ float reciprocal_rms(float sum, int64_t cols, float e
   return __frsqrt_rn(__fadd_rn(__fdiv_rn(sum, static_cast<float>(cols)), eps));
 }
 
-// Stores one vector's codes, and the scale of its group if it is the group's first.
-__device__ __forceinline__ void store_quantized(uint2 codes, float scale, int64_t row, int64_t col, int64_t cols,
-                                                const Quantized& out) {
-  *reinterpret_cast<uint2*>(out.codes + row * cols + col) = codes;
-  if ((col & (out.group_size - 1)) == 0) {
-    const int64_t group = col >> (out.group_size == 128 ? 7 : 6);
-    out.scale[row * out.row_stride + group * out.group_stride] = scale;
-  }
-}
-
-// blockDim.x threads (a power of two up to 32, or a multiple of 32) share a row and hold V vectors each,
-// blockDim.y rows share a block.
-template <typename T, int V, bool Add, bool Quant, bool Float32>
-__global__ void __launch_bounds__(V == 4 ? kMaxThreads / 2 : kMaxThreads) norm_kernel(NormArgs p) {
-  __shared__ float chunks[kMaxThreads / kWarp * V];
+// blockDim.x threads (a power of two up to 32, or a multiple of 32) share R rows and hold V vectors of each;
+// blockDim.y such sets share a block.
+template <typename T, int V, int R, bool Add, bool Quant, bool Float32>
+__global__ void __launch_bounds__(V * R >= 4 ? kMaxThreads / 2 : kMaxThreads) norm_kernel(NormArgs p) {
+  __shared__ float chunks[kMaxThreads / kWarp * V * R];
   const int threads = blockDim.x;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R;
   const int vecs = static_cast<int>(p.cols / kVec);
 
-  Vec<T> h[V];
-  Vec<T> residual[V];
+  Vec<T> h[R * V];  // row by row
+  Vec<T> residual[R * V];
   WeightVec<T> w[V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const int vec = threadIdx.x + i * threads;
+  for (int j = 0; j < R * V; ++j) {
+    const int64_t row = row0 + j / V;
+    const int vec = threadIdx.x + j % V * threads;
     const bool active = row < p.rows && vec < vecs;
     const int64_t col = static_cast<int64_t>(vec) * kVec;
-    h[i] = active ? load_streaming(static_cast<const T*>(p.x.data) + row * p.x.stride + col) : zero_vec<T>();
+    h[j] = active ? load_const<T>(static_cast<const T*>(p.x.data) + row * p.x.stride + col) : zero_vec<T>();
     if (Add) {
-      residual[i] = active ? load_streaming(static_cast<const T*>(p.residual.data) + row * p.residual.stride + col)
+      residual[j] = active ? load_const<T>(static_cast<const T*>(p.residual.data) + row * p.residual.stride + col)
                            : zero_vec<T>();
     }
   }
@@ -150,58 +141,78 @@ __global__ void __launch_bounds__(V == 4 ? kMaxThreads / 2 : kMaxThreads) norm_k
   }
   if (Add) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const int vec = threadIdx.x + i * threads;
-      h[i] = add(h[i], residual[i]);
+    for (int j = 0; j < R * V; ++j) {
+      const int64_t row = row0 + j / V;
+      const int vec = threadIdx.x + j % V * threads;
+      h[j] = add(h[j], residual[j]);
       if (row < p.rows && vec < vecs) {
-        store_vec(static_cast<T*>(p.residual_out) + row * p.cols + static_cast<int64_t>(vec) * kVec, h[i]);
+        store_vec(static_cast<T*>(p.residual_out) + row * p.cols + static_cast<int64_t>(vec) * kVec, h[j]);
       }
     }
   }
 
-  float sum[V];
+  float sum[R * V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) sum[i] = butterfly_sum(sum_of_squares(h[i]), min(threads, kWarp));
-  float total;
+  for (int j = 0; j < R * V; ++j) sum[j] = butterfly_sum(sum_of_squares(h[j]), min(threads, kWarp));
+  float rstd[R];
   if (threads <= kWarp) {  // the row butterfly, over the V chunks in this thread's registers
     static_assert(V == 1 || V == 2 || V == 4, "spell out the butterfly");
-    if (V == 1) total = sum[0];
-    if (V == 2) total = sum[0] + sum[1 % V];
-    if (V == 4) total = (sum[0] + sum[2 % V]) + (sum[1 % V] + sum[3 % V]);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float* const c = sum + r * V;
+      float total = c[0];
+      if (V == 2) total = c[0] + c[1 % V];
+      if (V == 4) total = (c[0] + c[2 % V]) + (c[1 % V] + c[3 % V]);
+      rstd[r] = reciprocal_rms(total, p.cols, p.eps);
+    }
   } else {
     const int warps = threads / kWarp;
     const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
     const int num_chunks = (vecs + kWarp - 1) / kWarp;
+    float* const mine = chunks + threadIdx.y * (R * V) * warps;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (lane == 0) chunks[(threadIdx.y * V + i) * warps + warp] = sum[i];
+    for (int j = 0; j < R * V; ++j) {
+      if (lane == 0) mine[j * warps + threadIdx.x / kWarp] = sum[j];
     }
     __syncthreads();
-    total = 0.0f;
-    for (int c = lane; c < num_chunks; c += kWarp) total += chunks[threadIdx.y * V * warps + c];
-    total = butterfly_sum(total, kWarp);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float total = 0.0f;
+      for (int c = lane; c < num_chunks; c += kWarp) total += mine[r * V * warps + c];
+      rstd[r] = reciprocal_rms(butterfly_sum(total, kWarp), p.cols, p.eps);
+    }
   }
-  const float rstd = reciprocal_rms(total, p.cols, p.eps);
 
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int vec = threadIdx.x + i * threads;
     if (Float32 && vec < vecs) w[i] = load_weight<T, Float32>(p.weight, static_cast<int64_t>(vec) * kVec);
-    h[i] = normalize<T, Float32>(h[i], rstd, w[i], p.weight);
   }
-  uint2 codes[V];
-  float scale[V];
-  if (Quant) group_quantize<T, V>(h, p.quantized.group_size, p.quantized.min_amax, codes, scale);
+#pragma unroll
+  for (int j = 0; j < R * V; ++j) h[j] = normalize<T, Float32>(h[j], rstd[j / V], w[j % V], p.weight);
+  uint2 codes[R * V];
+  float scale[R * V];
+  if (Quant) group_quantize(h, p.quantized.group_size, p.quantized.min_amax, codes, scale);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int vec = threadIdx.x + i * threads;
     const int64_t col = static_cast<int64_t>(vec) * kVec;
-    if (row >= p.rows || vec >= vecs) continue;
+    if (vec >= vecs) continue;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = row0 + r;
+      if (row >= p.rows) continue;
+      if (Quant) {
+        *reinterpret_cast<uint2*>(p.quantized.codes + row * p.cols + col) = codes[r * V + i];
+      } else {
+        store_vec(static_cast<T*>(p.out) + row * p.cols + col, h[r * V + i]);
+      }
+    }
     if (Quant) {
-      store_quantized(codes[i], scale[i], row, col, p.cols, p.quantized);
-    } else {
-      store_vec(static_cast<T*>(p.out) + row * p.cols + col, h[i]);
+      float one[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) one[r] = scale[r * V + i];
+      store_scales(one, row0, col, p.rows, p.quantized);
     }
   }
 }
@@ -256,34 +267,37 @@ __global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(NormArgs p, bool 
     const Vec<T> y = p.weight.mode == WeightMode::rounded ? normalize<T, false>(h, rstd, w, p.weight)
                                                           : normalize<T, true>(h, rstd, w, p.weight);
     if (p.out == nullptr) {
+      const Vec<T> one[1] = {y};
       uint2 codes[1];
       float scale[1];
-      group_quantize<T, 1>({y}, p.quantized.group_size, p.quantized.min_amax, codes, scale);
-      if (vec < vecs) store_quantized(codes[0], scale[0], row, col, p.cols, p.quantized);
+      group_quantize(one, p.quantized.group_size, p.quantized.min_amax, codes, scale);
+      if (vec >= vecs) continue;
+      *reinterpret_cast<uint2*>(p.quantized.codes + row * p.cols + col) = codes[0];
+      store_scales(scale, row, col, p.rows, p.quantized);
     } else {
       store_any(static_cast<T*>(p.out) + row * p.cols + col, y, p.cols - col, aligned);
     }
   }
 }
 
-template <typename T, int V, bool Add, bool Quant>
+template <typename T, int V, int R, bool Add, bool Quant>
 void launch_weight(const NormArgs& p, dim3 grid, dim3 block, cudaStream_t stream) {
   if (p.weight.mode == WeightMode::rounded) {
-    norm_kernel<T, V, Add, Quant, false><<<grid, block, 0, stream>>>(p);
+    norm_kernel<T, V, R, Add, Quant, false><<<grid, block, 0, stream>>>(p);
   } else {
-    norm_kernel<T, V, Add, Quant, true><<<grid, block, 0, stream>>>(p);
+    norm_kernel<T, V, R, Add, Quant, true><<<grid, block, 0, stream>>>(p);
   }
 }
 
-template <typename T, int V>
+template <typename T, int V, int R>
 void launch_vecs(const NormArgs& p, dim3 grid, dim3 block, cudaStream_t stream) {
   const bool quant = p.out == nullptr;
   if (p.residual.data != nullptr) {
-    quant ? launch_weight<T, V, true, true>(p, grid, block, stream)
-          : launch_weight<T, V, true, false>(p, grid, block, stream);
+    quant ? launch_weight<T, V, R, true, true>(p, grid, block, stream)
+          : launch_weight<T, V, R, true, false>(p, grid, block, stream);
   } else {
-    quant ? launch_weight<T, V, false, true>(p, grid, block, stream)
-          : launch_weight<T, V, false, false>(p, grid, block, stream);
+    quant ? launch_weight<T, V, R, false, true>(p, grid, block, stream)
+          : launch_weight<T, V, R, false, false>(p, grid, block, stream);
   }
 }
 
@@ -304,17 +318,19 @@ cudaError_t launch(const NormArgs& p, cudaStream_t stream) {
     return cudaGetLastError();
   }
   int per_thread = p.rows >= kManyRows ? 4 : 1;
+  int rows_per_thread = 1;
   if (per_thread == 1 && vecs > kMaxThreads) per_thread = 2;
   while (per_thread > 1 && vecs < per_thread * kWarp) per_thread /= 2;
   unsigned threads = whole_warps((vecs + per_thread - 1) / per_thread);
   while (threads <= kWarp && threads / 2 >= vecs) threads /= 2;  // several rows per warp
-  const unsigned rows_per_block = threads >= 128 ? 1 : 128 / threads;
+  const unsigned sets = threads >= 128 ? 1 : 128 / threads;
+  const int64_t rows_per_block = static_cast<int64_t>(sets) * rows_per_thread;
   const dim3 grid(static_cast<unsigned>((p.rows + rows_per_block - 1) / rows_per_block));
-  const dim3 block(threads, rows_per_block);
+  const dim3 block(threads, sets);
   switch (per_thread) {
-    case 1: launch_vecs<T, 1>(p, grid, block, stream); break;
-    case 2: launch_vecs<T, 2>(p, grid, block, stream); break;
-    default: launch_vecs<T, 4>(p, grid, block, stream); break;
+    case 1: launch_vecs<T, 1, 1>(p, grid, block, stream); break;
+    case 2: launch_vecs<T, 2, 1>(p, grid, block, stream); break;
+    default: launch_vecs<T, 4, 1>(p, grid, block, stream); break;
   }
   return cudaGetLastError();
 }

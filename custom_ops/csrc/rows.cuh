@@ -1,6 +1,5 @@
-// The grid of the row-independent kernels (group_quant, silu_mul): a thread owns one vector of columns in each
-// of R consecutive rows. R independent loads are in flight per thread, a warp reads 512 contiguous bytes of
-// each row, and for column-major scales the R scales of a group are neighbours in memory.
+// The grid of the row-independent kernels (group_quant, silu_mul): a thread owns one vector of N columns in each
+// of R consecutive rows, so that R independent loads are in flight.
 #pragma once
 
 #include "fp8.cuh"
@@ -10,79 +9,93 @@ namespace custom_ops {
 
 constexpr int kThreads = 128;
 
-// Elements from which four rows per thread still fill the device.
+// How many rows and elements per thread. Small launches want threads, large ones loads in flight and few
+// instructions; the values do not depend on it. Measured on an H100: see bench/results.
+constexpr int64_t kFewElements = int64_t{1} << 18;
 constexpr int64_t kManyElements = int64_t{1} << 22;
 
-// Where a thread works. Threads are numbered along the columns first.
-struct RowTile {
-  int64_t row;  // the first of R
-  int64_t col;  // the first of kVec
-  bool active;
-};
-
-// Splits a thread's number into row tile and vector. A division would cost a thread some 20 instructions in
-// series before its first load, so the host supplies the divisor's reciprocal: n / d is the upper word of
-// n * magic, shifted, for n < 2^31. More threads than that (2^34 elements at least) divide.
+// Threads are numbered, fastest first: lanes of a column block, rows of a row block, column blocks, row blocks.
+//   row-major scales and none:  the row block is one row, so a warp reads on along it
+//   column-major scales:        the column block is a group and the row block eight rows, so that a block of
+//                               threads writes whole 32-byte sectors of scales
+// The host supplies the reciprocal of the number of column blocks, since a division would cost a thread some 20
+// instructions in series before its first load: n / d is n * magic shifted, for n < 2^31. More threads than
+// that (2^33 elements at least) divide.
 struct RowGrid {
-  uint32_t vecs;
+  uint32_t col_blocks;
   uint32_t magic;  // 0: divide
-  uint32_t shift;
+  uint32_t magic_shift;
+  uint32_t lane_bits;
+  uint32_t row_bits;
   unsigned blocks;
 };
 
-inline RowGrid row_grid(int64_t rows, int64_t cols, int rows_per_thread) {
+struct RowTile {
+  int64_t row;  // the first of R
+  int64_t col;  // the first of N
+  bool active;
+};
+
+constexpr uint32_t log2_of(uint32_t power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
+// scales: nullptr if nothing is quantized.
+inline RowGrid row_grid(int64_t rows, int64_t cols, int n, int rows_per_thread, const Quantized* scales) {
   RowGrid grid{};
-  grid.vecs = static_cast<uint32_t>((cols + kVec - 1) / kVec);
-  const int64_t items = (rows + rows_per_thread - 1) / rows_per_thread * grid.vecs;
+  const int64_t row_tiles = (rows + rows_per_thread - 1) / rows_per_thread;
+  const int sector_rows = 8 / rows_per_thread;
+  if (scales != nullptr && scales->group_stride > 1 && row_tiles >= sector_rows) {
+    grid.lane_bits = log2_of(scales->group_size / n);
+    grid.row_bits = log2_of(sector_rows);
+  }
+  const int64_t vecs = (cols + n - 1) / n;
+  grid.col_blocks = static_cast<uint32_t>(vecs >> grid.lane_bits);  // whole: groups divide cols
+  const int64_t row_blocks = (row_tiles + (int64_t{1} << grid.row_bits) - 1) >> grid.row_bits;
+  const int64_t items = (row_blocks * grid.col_blocks) << (grid.lane_bits + grid.row_bits);
   grid.blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
   if (static_cast<int64_t>(grid.blocks) * kThreads < int64_t{1} << 31) {
-    while ((uint64_t{1} << grid.shift) < grid.vecs) ++grid.shift;
-    // ceil(2^(31 + shift) / vecs), in [2^31, 2^32) because 2^(shift - 1) < vecs <= 2^shift.
-    const uint64_t magic = ((uint64_t{1} << (31 + grid.shift)) + grid.vecs - 1) / grid.vecs;
-    grid.magic = static_cast<uint32_t>(magic);
+    while ((uint64_t{1} << grid.magic_shift) < grid.col_blocks) ++grid.magic_shift;
+    // ceil(2^(31 + shift) / col_blocks), in [2^31, 2^32) because 2^(shift - 1) < col_blocks <= 2^shift.
+    const uint64_t power = uint64_t{1} << (31 + grid.magic_shift);
+    grid.magic = static_cast<uint32_t>((power + grid.col_blocks - 1) / grid.col_blocks);
   }
   return grid;
 }
 
-template <int R>
+template <int N, int R>
 __device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows) {
   const uint64_t item = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  uint64_t tile;
+  const uint32_t lane = static_cast<uint32_t>(item) & ((1u << grid.lane_bits) - 1);
+  const uint32_t row = static_cast<uint32_t>(item >> grid.lane_bits) & ((1u << grid.row_bits) - 1);
+  const uint64_t block = item >> (grid.lane_bits + grid.row_bits);
+  uint64_t row_block;
   if (grid.magic != 0) {
-    tile = (item * grid.magic) >> (31 + grid.shift);
+    row_block = (static_cast<uint64_t>(static_cast<uint32_t>(block)) * grid.magic) >> (31 + grid.magic_shift);
   } else {
-    tile = item / grid.vecs;
+    row_block = block / grid.col_blocks;
   }
-  const uint32_t vec = static_cast<uint32_t>(item - tile * grid.vecs);
-  const int64_t row = static_cast<int64_t>(tile) * R;
-  return {row, static_cast<int64_t>(vec) * kVec, row < rows};
+  const uint32_t col_block = static_cast<uint32_t>(block) - static_cast<uint32_t>(row_block) * grid.col_blocks;
+  RowTile at;
+  at.row = static_cast<int64_t>((row_block << grid.row_bits) + row) * R;
+  at.col = static_cast<int64_t>((col_block << grid.lane_bits) + lane) * N;
+  at.active = at.row < rows;
+  return at;
 }
 
 // Quantizes one vector in each of R rows and stores codes and scales. Every lane of the warp calls it.
-template <typename T, int R>
-__device__ __forceinline__ void quantize_rows(const Vec<T> (&v)[R], const RowTile& at, int64_t rows,
+template <typename T, int N, int R>
+__device__ __forceinline__ void quantize_rows(const Vec<T, N> (&v)[R], const RowTile& at, int64_t rows,
                                               int64_t cols, const Quantized& out) {
   float scale[R];
-  uint2 codes[R];
-  group_quantize<T, R>(v, out.group_size, out.min_amax, codes, scale);
+  Codes<N> codes[R];
+  group_quantize(v, out.group_size, out.min_amax, codes, scale);
   if (!at.active) return;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (at.row + i < rows) {
-      *reinterpret_cast<uint2*>(out.codes + (at.row + i) * cols + at.col) = codes[i];
+      *reinterpret_cast<Codes<N>*>(out.codes + (at.row + i) * cols + at.col) = codes[i];
     }
   }
-  if (at.col & (out.group_size - 1)) return;  // the group's first lane stores its scales
-  const int64_t group = at.col >> (out.group_size == 128 ? 7 : 6);
-  float* const p = out.scale + at.row * out.row_stride + group * out.group_stride;
-  if (R == 4 && out.row_stride == 1 && out.group_stride % 4 == 0 && at.row + R <= rows) {
-    *reinterpret_cast<float4*>(p) = make_float4(scale[0], scale[1 % R], scale[2 % R], scale[3 % R]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < R; ++i) {
-    if (at.row + i < rows) p[i * out.row_stride] = scale[i];
-  }
+  store_scales(scale, at.row, at.col, rows, out);
 }
 
 }  // namespace custom_ops

@@ -140,6 +140,18 @@ def test_dequantized_values_are_close():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_a_large_batch_of_all_magnitudes_is_bit_for_bit(dtype, group_size):
+    """4 million quotients by the corrected reciprocal, and tiny groups by true division."""
+    x = torch.randn(4096, 1024, device="cuda")
+    x = (x * torch.logspace(-42, 5, 4096, device="cuda").unsqueeze(1)).to(dtype)
+    for min_amax in (1e-10, 0.0):
+        options = {"min_amax": min_amax}
+        assert_same_bits(triton(x, group_size, **options), reference(x, group_size, **options))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 def test_more_than_2_31_elements(layout):
     """The last row lies past the reach of 32-bit offsets."""
