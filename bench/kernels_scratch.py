@@ -1,3 +1,5 @@
+# ruff: noqa
+# fmt: off
 import json, os, shutil, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,32 +33,16 @@ def build_variant(name, subs):
     return lib
 
 
-def R(n):
-    return [
-        ("group_quant.cu", "<T, 4, true", f"<T, {n}, true"),
-        ("group_quant.cu", "? 1 : 4", f"? 1 : {n}"),
-        ("activation.cu", "<T, 4, true", f"<T, {n}, true"),
-        ("activation.cu", "? 1 : 4", f"? 1 : {n}"),
-    ]
-
-
-def T(n):
-    return [("rows.cuh", "kThreads = 128", f"kThreads = {n}")]
-
-
-def V(n):
-    return [("normalization.cu", ">= kManyRows ? 4 : 1", f">= kManyRows ? {n} : 1")]
-
-
-def H(h):
-    return [("vec.cuh", "ld.global.nc.L1::no_allocate.v4.u32", f"ld.global.{h}.v4.u32")]
-
-
-SMALL = [
-    ("rows.cuh", "int64_t{1} << 22", "int64_t{1} << 12"),
-    ("normalization.cu", "kManyRows = 512", "kManyRows = 1"),
-]
-
+def GR(n): return [('group_quant.cu', '<T, 8, 4, true>', f'<T, 8, {n}, true>')]
+def SR(n): return [('activation.cu', '<T, 8, 4, true, Quant>', f'<T, 8, {n}, true, Quant>')]
+def T(n): return [('rows.cuh', 'kThreads = 128', f'kThreads = {n}')]
+def N(v, r): return [('normalization.cu', 'int per_thread = 1;', f'int per_thread = {v};'), ('normalization.cu', 'int rows_per_thread = 1;', f'int rows_per_thread = {r};'),
+    *[('normalization.cu', f'launch_vecs<T, {i}, 1>', f'launch_vecs<T, {i}, {r}>') for i in (1, 2, 4)]]
+GPLAIN = [('group_quant.cu', 'load_streaming', 'load_const')]
+SSTREAM = [('activation.cu', 'load_const', 'load_streaming')]
+NSTREAM = [('normalization.cu', 'load_const<T>(static_cast<const T*>(p.x', 'load_streaming<T>(static_cast<const T*>(p.x'), ('normalization.cu', 'load_const<T>(static_cast<const T*>(p.res', 'load_streaming<T>(static_cast<const T*>(p.res')]
+def FEW(n): return [('rows.cuh', '} << 18', '} << %d' % n)]
+def MANY(n): return [('rows.cuh', '} << 22', '} << %d' % n)]
 
 def bench(fn, rep=20):
     return tt.do_bench_cudagraph(fn, rep=rep, return_mode="median") * 1e3
@@ -114,11 +100,16 @@ EAGER = {"gq": gq, "sq": sq, "nq": nq}
 
 
 def copy_bw():
-    a = torch.empty(1 << 30, device="cuda", dtype=torch.uint8).random_()
-    b = torch.empty_like(a)
-    return 2 * a.numel() / (bench(lambda: b.copy_(a), 100) * 1e-6)
-
-
+    best = 0
+    for n, dt in ((1 << 30, torch.uint8), (1 << 30, torch.float32), (1 << 31, torch.bfloat16)):
+        a = torch.empty(n, device='cuda', dtype=dt); a.view(torch.uint8).random_(); b = torch.empty_like(a)
+        nb = 2 * a.numel() * a.element_size()
+        for name, f in (('do_bench', lambda: tt.do_bench(lambda: b.copy_(a), return_mode='median') * 1e3), ('graph', lambda: bench(lambda: b.copy_(a), 100)),
+                        ('mul', lambda: bench(lambda: torch.mul(a, 1, out=b), 100))):
+            if name == 'mul' and dt == torch.uint8: continue
+            t = f(); print('copy', n, dt, name, f'{nb / t / 1e6:.3f} TB/s', flush=True); best = max(best, nb / (t * 1e-6))
+        del a, b
+    return best
 def load(variants):
     with ThreadPoolExecutor(8) as p:
         libs = list(p.map(lambda kv: build_variant(*kv), variants.items()))
@@ -132,45 +123,25 @@ if __name__ == "__main__":
     res = []
     torch._dynamo.config.cache_size_limit = 1000
     torch._dynamo.config.recompile_limit = 1000
-    if what == "one":
-        variants = {
-            "base": [],
-            "r2v2": R(2) + V(2),
-            "r1v1": R(1) + V(1),
-            "t256": T(256),
-            "r2t256": R(2) + T(256),
-            "t64": T(64),
-            "plain": H("nc"),
-            "l2256": H("nc.L1::no_allocate.L2::256B"),
-            "small": SMALL,
-            "small2": SMALL + R(2) + V(2),
-        }
-        shapes = [("gq", 4096, 7168), ("sq", 16384, 2048), ("nq", 16384, 7168)]
-        small = [
-            (k, m, h)
-            for k, h in (("gq", 7168), ("sq", 2048), ("nq", 7168))
-            for m in (1, 16, 64, 256, 1024, 4096)
-        ]
+    if what == 'two':
+        variants = {'base': [], 'v1': GR(2) + SR(2) + N(2, 1), 'v2': GR(1) + SR(1) + N(4, 1), 'v3': GPLAIN + SSTREAM + NSTREAM,
+                    'v4': GPLAIN + SSTREAM + GR(2) + SR(2) + N(1, 2), 'v5': GPLAIN + SSTREAM + GR(1) + SR(1) + N(1, 4),
+                    'v6': FEW(20) + MANY(20) + N(2, 2), 'v7': FEW(16) + MANY(24) + N(2, 1) + NSTREAM, 'v8': T(64) + FEW(20) + N(1, 2) + NSTREAM, 'v9': T(256)}
+        shapes = [('gq', 4096, 7168), ('gq', 16384, 4096), ('sq', 16384, 2048), ('sq', 4096, 2048), ('sq', 8192, 14336), ('nq', 16384, 7168), ('nq', 4096, 7168), ('nq', 16384, 4096)]
+        small = [(k, m, h) for k, h in (('gq', 7168), ('sq', 2048), ('nq', 7168), ('sq', 14336)) for m in (1, 16, 64, 256, 1024)]
         load(variants)
-        print("built", time.time() - t0, flush=True)
+        print('built', time.time() - t0, flush=True)
         bw = copy_bw()
-        print("copy TB/s", bw / 1e12, flush=True)
         for shp in shapes + small:
-            a = inputs(*shp)
-            ideal = nbytes(*shp) / bw * 1e6
-            row = {"shape": shp, "ideal": ideal}
+            a = inputs(*shp); ideal = nbytes(*shp) / 3.03e12 * 1e6
+            row = {'shape': shp, 'ideal': ideal}
             for v in variants:
-                row[v] = bench(caller("custom_ops_" + v, shp[0], a))
-            row["tma"] = bench(caller("custom_ops_base", shp[0], a, "column_major_tma"))
-            c = torch.compile(EAGER[shp[0]], dynamic=False)
-            c(*a)
-            row["inductor"] = bench(lambda: c(*a))
+                row[v] = bench(caller('custom_ops_' + v, shp[0], a))
+                row[v + 't'] = bench(caller('custom_ops_' + v, shp[0], a, 'column_major_tma'))
+            if shp not in shapes:
+                c = torch.compile(EAGER[shp[0]], dynamic=False)
+                c(*a); row['inductor'] = bench(lambda: c(*a)); row['inductor2'] = bench(lambda: c(*a))
             res.append(row)
-            print(
-                *shp,
-                f"ideal {ideal:.2f}",
-                *(f"{k} {v:.2f}" for k, v in row.items() if k not in ("shape", "ideal")),
-                flush=True,
-            )
-        (OUT / "one.json").write_text(json.dumps({"bw": bw, "rows": res}))
+            print(*shp, f'{ideal:.2f}|', *(f'{v}: {row[v]:.2f} {row[v+"t"]:.2f}|' for v in variants), f"ind {row.get('inductor', 0):.2f} {row.get('inductor2', 0):.2f}", flush=True)
+        (OUT / 'two.json').write_text(json.dumps({'bw': bw, 'rows': res}))
     print("done", time.time() - t0)

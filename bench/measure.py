@@ -40,7 +40,7 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
         inputs = case.inputs(plan.device)
         expected = case.plain(*inputs)
         for name, make in _ways(case, plan, inputs):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             try:
                 call = make()
                 result = call()
@@ -100,6 +100,7 @@ def _compiled(case: Case, inputs: Inputs, **how: Any) -> Thunk:
 
 def _plugin(case: Case, plan: Plan) -> dict[str, Any]:
     import fusion_passes
+    from fusion_passes import backend
 
     fusion_passes.reset_reports()
     options: dict[str, Any] = {
@@ -107,7 +108,8 @@ def _plugin(case: Case, plan: Plan) -> dict[str, Any]:
     }
     if plan.device.type == "cpu":
         options["allow_reference"] = True  # nothing else runs there
-    return {"backend": "fusion_passes", "options": options}
+    # the function, not its name: a checkout that is not installed has no entry point
+    return {"backend": backend.fusion_passes, "options": options}
 
 
 def _chosen(case: Case, inputs: Inputs) -> str:

@@ -35,14 +35,14 @@ class Timer(Protocol):
 class CudaTimer:
     """CUDA graphs for warm times, events around single calls for cold ones."""
 
-    name = "triton.testing.do_bench_cudagraph, median; cold: CUDA events, L2 overwritten before each call"
+    name = "triton.testing.do_bench_cudagraph, median; cold: events around a graph, L2 overwritten before"
 
     def __init__(self, rep_ms: int = 20, cold_reps: int = 50) -> None:
         self.rep_ms = rep_ms
         self.cold_reps = cold_reps
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        # Also long enough (about 0.1 ms) for the host to queue the call behind it, so that the gap
-        # between the two events holds the kernels and no launch cost.
+        # Also long enough (about 0.1 ms) for the host to queue a graph behind it, so that the gap between
+        # the two events holds kernels and no host time.
         self._flush = torch.empty(max(4 * l2, 256 << 20), dtype=torch.int8, device="cuda")
 
     def warm(self, call: Call) -> float:
@@ -53,6 +53,9 @@ class CudaTimer:
 
     def cold(self, call: Call) -> float | None:
         _warm_up(call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             for _ in range(self.cold_reps)
@@ -60,7 +63,7 @@ class CudaTimer:
         for start, end in events:
             self._flush.zero_()
             start.record()
-            call()
+            graph.replay()
             end.record()
         torch.cuda.synchronize()
         return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)

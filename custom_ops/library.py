@@ -292,7 +292,9 @@ def _define_tensor_eps(op: Op) -> None:
         arguments = op.signature.bind(*args, **kwargs)
         if arguments.arguments["eps"].device.type != "cpu":
             device = arguments.arguments["eps"].device
-            raise ValueError(f"{op.name}: eps is a tensor on {device}; accepted: a 0-d tensor on the CPU")
+            raise ValueError(
+                f"{op.name}: eps is a tensor on {device}; accepted: a 0-d tensor on the CPU"
+            )
         arguments.arguments["eps"] = 0.0
         return op.fake(*arguments.args, **arguments.kwargs)
 

@@ -117,8 +117,10 @@ def quantize_groups(v, min_amax, NATIVE_FP8: tl.constexpr):
             one = tl.full(amax.shape, 1.0, tl.float32)
             reciprocal = tl.broadcast_to(tl.div_rn(one, scale)[:, None], v.shape)
             guess = v * reciprocal
-            # v - guess * scale with its sign turned twice, which keeps -0 as -0.
-            quotient = tl.fma(-tl.fma(guess, divisor, -v), reciprocal, guess)
+            # The residual with its sign turned twice, which keeps -0 as -0. By a product: tl's unary
+            # minus is 0 - v, which is +0 for both zeros.
+            residual = tl.fma(guess, divisor, v * -1.0)
+            quotient = tl.fma(residual, reciprocal * -1.0, guess)
         else:
             quotient = tl.div_rn(v, divisor)
     return scale, encode_e4m3(quotient, NATIVE_FP8)

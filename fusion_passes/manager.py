@@ -13,7 +13,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,18 @@ class FusionPass(torch_internals.CustomGraphPass):
         return (FusionPass, (self.settings, self.after))
 
 
+def run(graph: fx.Graph, settings: Settings, only: Sequence[Fusion] | None = None) -> Report:
+    """Rewrite a graph in place; ``only`` these fusions, whatever the settings say of which are on."""
+    passes = _Run(graph, settings, only)
+    passes.all()
+    return passes.report
+
+
 class _Run:
     """The passes over one graph."""
 
-    def __init__(self, graph: fx.Graph, settings: Settings) -> None:
-        self.graph, self.settings = graph, settings
+    def __init__(self, graph: fx.Graph, settings: Settings, only: Sequence[Fusion] | None = None) -> None:
+        self.graph, self.settings, self.only = graph, settings, only
         self.device = _device_of(graph)
         self.arch = tables.arch_of(self.device)
         self.report = Report(
@@ -111,9 +118,13 @@ class _Run:
         return False
 
     def all(self) -> None:
-        for name, fusion in registry().items():
-            self.report.states[name] = self.settings.enabled(name, *fusion.default_state(self.arch))
-        fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
+        if self.only is not None:
+            fusions = list(self.only)
+            self.report.states.update({fusion.name: (True, "asked for") for fusion in fusions})
+        else:
+            for name, fusion in registry().items():
+                self.report.states[name] = self.settings.enabled(name, *fusion.default_state(self.arch))
+            fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
         if not self.applies or not fusions:
             return
         self._dump("before")

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 __all__ = [
     "CustomGraphPass",
     "SUPPORTED",
+    "capture",
     "compile_id",
     "compile_with_inductor",
     "fake_mode_of",
@@ -144,3 +145,30 @@ def zeros_of(fake: Any) -> Any:
         return int(fake) if isinstance(fake, torch.SymInt) else fake
     shape = [size if isinstance(size, int) else size.node.hint for size in fake.shape]
     return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+
+
+def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> list[fx.GraphModule]:
+    """The inference graphs of a call as Inductor's first pass would see them; they run eagerly.
+
+    The graphs are flat: ``gm(*inputs)`` takes the inputs kept as ``gm.meta["inputs"]`` and returns a tuple.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+
+        def run(*inputs: Any) -> Any:
+            gm.meta.setdefault("inputs", [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs])
+            return gm(*inputs)
+
+        return run
+
+    backend = aot_autograd(fw_compiler=keep, inference_compiler=keep, decompositions=select_decomp_table)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    torch.compiler.reset()
+    return graphs

@@ -20,8 +20,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         s   = T(g / (1 + exp(-g)))        in float32, g = float32(gate)
         out = T(float32(s) * float32(up))
 
-    An exp is not reproducible bit for bit between libraries: implementations differ from the reference
-    by at most one step of T, in at most 1e-4 of the elements. Raises ValueError when dtypes, shapes or
+    An exp is not reproducible bit for bit between libraries: in at most 1e-4 of the elements s differs
+    by one step of T, and out by up to two. Raises ValueError when dtypes, shapes or
     devices differ. Source: torch.nn.functional.silu, arXiv:2002.05202.
     """
     return torch.ops.custom_ops.silu_mul(gate, up)

@@ -95,12 +95,15 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   Vec<T, N> product[R];
-  bool quick = true;  // as in group_quantize: checked after the quick way has been taken
+  bool quick = true;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const float2 largest = Packed<T>::to_float(abs_max(g[i]));
     quick = quick && largest.x <= kFastGate && largest.y <= kFastGate;
-    product[i] = multiply(silu_quick(g[i]), u[i]);
+  }
+  if (R == 1 || quick) {  // as in group_quantize: with one vector, without waiting for the check
+#pragma unroll
+    for (int i = 0; i < R; ++i) product[i] = multiply(silu_quick(g[i]), u[i]);
   }
   if (!quick) {
 #pragma unroll

@@ -87,8 +87,9 @@ __device__ __forceinline__ Codes<N> quantize(const Vec<T, N>& v, float amax, flo
   return pack_codes(q);
 }
 
-// Group quantization of R vectors of this lane. Every lane of the warp calls it. The quick way is taken before
-// it is known to be right, so that a small launch does not wait for the check.
+// Group quantization of R vectors of this lane. Every lane of the warp calls it. With one vector, the quick way is
+// taken before it is known to be right: small launches have one, and need not wait for the check. With more,
+// that would cost registers.
 template <typename T, int N, int R>
 __device__ __forceinline__ void group_quantize(const Vec<T, N> (&v)[R], int group_size, float min_amax,
                                                Codes<N> (&codes)[R], float (&scale)[R]) {
@@ -96,13 +97,15 @@ __device__ __forceinline__ void group_quantize(const Vec<T, N> (&v)[R], int grou
   group_amax(v, group_size, min_amax, amax);
   bool quick = true;
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
-    quick = quick && amax[i] >= kExactAmax && amax[i] <= kLargestFloat;
-    codes[i] = quantize<true>(v[i], amax[i], scale[i]);
-  }
-  if (quick) return;
+  for (int i = 0; i < R; ++i) quick = quick && amax[i] >= kExactAmax && amax[i] <= kLargestFloat;
+  if (R == 1 || quick) {
 #pragma unroll
-  for (int i = 0; i < R; ++i) codes[i] = quantize<false>(v[i], amax[i], scale[i]);
+    for (int i = 0; i < R; ++i) codes[i] = quantize<true>(v[i], amax[i], scale[i]);
+  }
+  if (!quick) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) codes[i] = quantize<false>(v[i], amax[i], scale[i]);
+  }
 }
 
 // Stores the scales that a lane holds for its group in R consecutive rows, if it is the group's first lane.

@@ -113,7 +113,7 @@ __device__ __forceinline__ float reciprocal_rms(float sum, int64_t cols, float e
 // blockDim.x threads (a power of two up to 32, or a multiple of 32) share R rows and hold V vectors of each;
 // blockDim.y such sets share a block.
 template <typename T, int V, int R, bool Add, bool Quant, bool Float32>
-__global__ void __launch_bounds__(V * R >= 4 ? kMaxThreads / 2 : kMaxThreads) norm_kernel(NormArgs p) {
+__global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormArgs p) {
   __shared__ float chunks[kMaxThreads / kWarp * V * R];
   const int threads = blockDim.x;
   const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R;
@@ -187,9 +187,11 @@ __global__ void __launch_bounds__(V * R >= 4 ? kMaxThreads / 2 : kMaxThreads) no
   for (int i = 0; i < V; ++i) {
     const int vec = threadIdx.x + i * threads;
     if (Float32 && vec < vecs) w[i] = load_weight<T, Float32>(p.weight, static_cast<int64_t>(vec) * kVec);
-  }
 #pragma unroll
-  for (int j = 0; j < R * V; ++j) h[j] = normalize<T, Float32>(h[j], rstd[j / V], w[j % V], p.weight);
+    for (int r = 0; r < R; ++r) {
+      h[r * V + i] = normalize<T, Float32>(h[r * V + i], rstd[r], w[i], p.weight);
+    }
+  }
   uint2 codes[R * V];
   float scale[R * V];
   if (Quant) group_quantize(h, p.quantized.group_size, p.quantized.min_amax, codes, scale);
@@ -317,7 +319,7 @@ cudaError_t launch(const NormArgs& p, cudaStream_t stream) {
     norm_any_kernel<T><<<static_cast<unsigned>(p.rows), threads, chunks * sizeof(float), stream>>>(p, aligned);
     return cudaGetLastError();
   }
-  int per_thread = p.rows >= kManyRows ? 4 : 1;
+  int per_thread = 1;
   int rows_per_thread = 1;
   if (per_thread == 1 && vecs > kMaxThreads) per_thread = 2;
   while (per_thread > 1 && vecs < per_thread * kWarp) per_thread /= 2;

@@ -33,8 +33,9 @@ def block_scaled_mm(
 
     The dequantized operands are not rounded to bfloat16 on the way, unlike in eager dequantize-and-matmul,
     which makes the result closer to float64. Order and precision of the sum are the implementation's: on
-    Hopper the tensor cores keep about 14 bits within 128 channels, and float32 between them. A row
-    gives the same bits in any batch.
+    Hopper the tensor cores keep about 14 bits within 128 channels, and float32 between them. With
+    DeepGEMM and Triton a row gives the same bits in any batch; the reference calls a BLAS, which
+    promises no such thing.
 
     Implementations: DeepGEMM (Hopper; reads "column_major_tma" scales as they are and transposes other
     layouts with one more small kernel), Triton (any strides), reference. Raises ValueError for another

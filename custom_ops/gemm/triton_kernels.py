@@ -73,8 +73,8 @@ def _block_scaled_mm(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(tl.cdiv(K, BLOCK_K)):
         in_k = k < K - block * BLOCK_K
-        a = tl.load(a_ptrs, mask=(row < M)[:, None] & in_k[None, :], other=0)
-        b = tl.load(b_ptrs, mask=(column < N)[None, :] & in_k[:, None], other=0)
+        a = tl.load(a_ptrs, mask=(row < M)[:, None] & in_k[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(column < N)[None, :] & in_k[:, None], other=0.0)
         a_scale = tl.load(a_scale_ptrs, mask=row < M, other=0.0)
         b_scale = tl.load(b_scale_ptr)
         product = tl.dot(_operand(a, NATIVE_FP8), _operand(b, NATIVE_FP8))

@@ -10,8 +10,9 @@ With T the dtype of x and y = float32(x) * rsqrt(mean(float32(x)^2) + eps):
 | `"float32_plus_one"` | T(y * (1 + float32(weight)))   | T or float32    | Gemma                  |
 
 A mean depends on the order of its sum: implementations differ from the reference by what one float32
-rounding of the mean does (at most one step of T, in at most 1e-4 of the elements). The order depends on
-the hidden size only, so a row gives the same bits in any batch.
+rounding of the mean does: one step of T in at most 1e-4 of the elements (in "rounded", where that step
+is multiplied and rounded again, up to two). The order depends on the hidden size and the group size only,
+so a row gives the same bits in any batch.
 """
 
 from __future__ import annotations

@@ -158,6 +158,27 @@ def test_inductor_reads_strided_inputs_in_place(index):
     assert "empty_strided_cpu(" not in codes[-1].split("def call")[1].split("def get_args")[0]
 
 
+@pytest.mark.gpu
+@every_sample
+@pytest.mark.parametrize("tokens", [(0,), (1,), (2, 3)], ids=str)
+def test_cuda_ops_have_the_fake_of_the_op(index, tokens):
+    """custom_ops_cuda.X may stand in a graph for custom_ops.X: same schema, same fake, same strides."""
+    name, args, kwargs = samples(DEVICE, tokens)[index]
+    cuda = next((i for i in custom_ops.ops()[name].implementations if i.name == "cuda"), None)
+    if cuda is None:
+        assert name == "block_scaled_mm"
+        return
+    if reason := cuda.unavailable(torch.device(DEVICE)):
+        pytest.skip(f"the CUDA C++ kernels: {reason}")
+    schemas = [str(op._schema).split("(", 1)[1] for op in (cuda.overload, op_of(name))]
+    assert schemas[0] == schemas[1]
+    real = outputs(cuda.overload(*args, **kwargs))
+    with fake_mode() as fake:
+        faked = outputs(cuda.overload(*fake(args), **kwargs))
+    for r, f in zip(real, faked, strict=True):
+        assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
 def bad_calls() -> dict:
     x, w = bf16(2, 256), bf16(256)
     a, s, b, bs = fp8(2, 256), torch.rand(2, 2), fp8(130, 256), torch.rand(2, 2)

@@ -59,7 +59,7 @@ def test_reference_is_eager(pair):
 
 @given(pairs())
 def test_triton_against_the_reference(pair):
-    assert_few_flips(triton(*pair), reference(*pair))
+    assert_few_flips(triton(*pair), reference(*pair), most=2)
 
 
 @given(pairs(multiple_of=128), st.sampled_from((64, 128)), layouts)
@@ -94,7 +94,7 @@ def test_a_row_gives_the_same_bits_in_any_batch():
 @pytest.mark.gpu
 def test_large_batch_flips_at_most_one_in_ten_thousand():
     gate, up = bf16(4096, 2048, device="cuda") * 3, bf16(4096, 2048, device="cuda")
-    assert_few_flips(triton(gate, up), reference(gate, up))
+    assert_few_flips(triton(gate, up), reference(gate, up), most=2)
 
 
 @pytest.mark.gpu

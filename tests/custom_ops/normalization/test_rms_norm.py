@@ -29,6 +29,11 @@ layouts = st.sampled_from(SCALE_LAYOUTS)
 epsilons = st.sampled_from((1e-6, 1e-5, 0.0, 1e-12, 0.1))
 
 
+def most_steps(mode: str) -> int:
+    """In "rounded" a step of the rounded norm is multiplied and rounded again: that can make two."""
+    return 2 if mode == "rounded" else 1
+
+
 @st.composite
 def norms(draw, multiple_of=1, specials=True, **options):
     """x, residual, weight, eps and the mode: every mode, with each weight dtype that it accepts."""
@@ -81,7 +86,7 @@ def test_triton_norms_against_the_reference(norm):
     for name, args in (("rms_norm", (x,)), ("add_rms_norm", (x, residual))):
         expected = implementation(name, "reference")(*args, weight, eps, **mode)
         actual = implementation(name, "triton")(*args, weight, eps, **mode)
-        assert_few_flips(actual, expected)
+        assert_few_flips(actual, expected, most_steps(mode["weight_mode"]))
         if name == "add_rms_norm":
             assert_same_bits(actual[1], expected[1])
 
@@ -104,7 +109,7 @@ def test_triton_quantizes_its_own_norm_bit_for_bit(norm, group_size, layout):
         ):  # the group size of the unquantized kernel: the sum has the same order
             assert_same_bits(fused, (*expected, *rest))
         else:
-            assert_few_flips(fused[:2], expected, fraction=1e-3, at_least=4)
+            assert_few_flips(fused[:2], expected, fraction=1e-3, at_least=64)
             assert_same_bits(fused[2:], rest)
 
 
@@ -149,6 +154,7 @@ def test_rows_longer_than_a_tile(hidden):
     assert_few_flips(
         implementation("add_rms_norm", "triton")(*args),
         implementation("add_rms_norm", "reference")(*args),
+        most_steps("rounded"),
     )
     if hidden % 128 == 0:
         fused = implementation("add_rms_norm_group_quant", "triton")(*args, 128)
@@ -187,7 +193,7 @@ def test_large_batch_flips_at_most_one_in_ten_thousand(hidden, mode):
     args = (x, residual, weight, 1e-6)
     actual = implementation("add_rms_norm", "triton")(*args, weight_mode=mode)
     expected = implementation("add_rms_norm", "reference")(*args, weight_mode=mode)
-    assert_few_flips(actual, expected)
+    assert_few_flips(actual, expected, most_steps(mode))
     assert_same_bits(actual[1], expected[1])
 
 
