@@ -127,6 +127,8 @@ class Rewrite:
             expected, got = output.meta["val"], result.meta["val"]
             if got.dtype != expected.dtype or got.device != expected.device:
                 raise NotRewritten(f"the replacement of {output.name} is {got.dtype} on {got.device}, not {expected.dtype}")
+            if _is_contiguous(got) and not _is_contiguous(expected):
+                raise NotRewritten(f"{output.name} is transposed in memory; a contiguous one would be copied later")
             finished.append(self.view(result, shape_of(output)))
         return finished
 
@@ -174,6 +176,17 @@ def choose(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
 
     fake_args, fake_kwargs = fx.node.map_arg((tuple(args), dict(kwargs)), value)
     return op.choose(*fake_args, **fake_kwargs)
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    """As far as that is known without a guard."""
+    expected: Size = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        size, stride = torch_internals.size_to_expr(size), torch_internals.size_to_expr(stride)
+        if size != 1 and not index_map.same_size(stride, expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def _same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:

@@ -10,6 +10,7 @@ that is no known meaning stays as it is. What no fusion took in the end goes bac
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ from torch import fx
 from fusion_passes import torch_internals
 from fusion_passes.canonical.meanings import MEANINGS
 from fusion_passes.matching import Match, candidates, compile_pattern, find
-from fusion_passes.operations import escapes
+from fusion_passes.operations import escapes, is_tensor, shape_of
 from fusion_passes.rewriting import Rewrite
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -39,8 +42,25 @@ class Recognized:
         with graph.inserting_before(self.node):
             originals = graph.graph_copy(self.spelling, values)
         assert isinstance(originals, tuple)
-        for result, original in zip(self.results, originals, strict=True):
+        for index, (result, original) in enumerate(zip(self.results, originals, strict=True)):
             result.replace_all_uses_with(original)
+            # a fusion may have read the value before it was brought to the shape of the user's graph
+            raw = self.node if is_tensor(self.node) else _element(self.node, index)
+            if raw is not None and raw is not result and set(raw.users) - {result}:
+                raw.replace_all_uses_with(self._reshaped(graph, original, raw), lambda user, result=result: user is not result)
+
+    def _reshaped(self, graph: fx.Graph, original: fx.Node, raw: fx.Node) -> fx.Node:
+        source = self.node.args[0]
+        assert isinstance(source, fx.Node)
+        shape: list[int | fx.Node] = []
+        with graph.inserting_before(self.node):
+            for dim, size in enumerate(shape_of(raw)):  # its leading dimensions are those of the meaning's input
+                shape.append(size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (source, dim)))
+                if isinstance(node := shape[-1], fx.Node):
+                    node.meta["val"] = source.meta["val"].shape[dim]
+            view = graph.call_function(aten.view.default, (original, shape))
+        view.meta["val"] = raw.meta["val"]
+        return view
 
 
 def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | None = None) -> list[Recognized]:
@@ -54,7 +74,12 @@ def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | N
                 continue
             rewrite = Rewrite(match, allow_reference=True)
             assert meaning.rewrite is not None
-            results = rewrite.finish(meaning.rewrite(rewrite))
+            results = [
+                rewrite.view(result, shape_of(output))
+                for result, output in zip(meaning.rewrite(rewrite), match.outputs, strict=True)
+            ]
+            for result, output in zip(results, match.outputs, strict=True):
+                result.meta["val"] = output.meta["val"]  # the strides that the rest of the graph counts on
             node = next(n for n in rewrite.emitted if hasattr(n.target, "meaning_kind"))
             spelling = _copy_region(match.outputs, node.all_input_nodes)
             if spelling is None:
@@ -73,6 +98,10 @@ def restore(graph: fx.Graph, recognized: list[Recognized]) -> None:
     for entry in reversed(recognized):
         entry.restore(graph)
     torch_internals.tidy(graph)
+
+
+def _element(node: fx.Node, index: int) -> fx.Node | None:
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
 def _copy_region(outputs: list[fx.Node], inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:
