@@ -342,7 +342,7 @@ class Matcher:
                 continue
             sizes = [shape_of(node)[-1] for node, *_ in chain if node.meta["val"].dim()]
             fixed = [size for size in sizes if isinstance(size, int)]
-            size = index_map.divide(max(fixed), known) if fixed else None
+            size = index_map.divide(max(fixed) if fixed else sizes[0], known) if sizes else None
             if size is not None:
                 self.match.sizes[unknown[0]] = size
                 return True

@@ -65,7 +65,10 @@ class Rewrite:
         """
         spec = self.match.compiled.pattern.inputs[name]
         assert isinstance(spec, Tensor)
-        last = self.match.resolve(spec.shape[-1])
+        try:
+            last = self.match.resolve(spec.shape[-1])
+        except ValueError as unknown:
+            raise NotRewritten(str(unknown)) from None
         chain = [node for node, *_ in self.match.captured[name]]
         over_tokens = spec.shape[0] == "num_tokens" and len(spec.shape) > 1
         fitting = [n for n in chain if n.meta["val"].dim() and index_map.same_size(shape_of(n)[-1], last)]

@@ -21,7 +21,7 @@ from fusion_passes import torch_internals
 from fusion_passes.canonical.meanings import MEANINGS
 from fusion_passes.matching import Match, candidates, compile_pattern, find
 from fusion_passes.operations import escapes, is_tensor, shape_of
-from fusion_passes.rewriting import Rewrite
+from fusion_passes.rewriting import NotRewritten, Rewrite
 
 aten = torch.ops.aten
 
@@ -74,10 +74,12 @@ def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | N
                 continue
             rewrite = Rewrite(match, allow_reference=True)
             assert meaning.rewrite is not None
-            results = [
-                rewrite.view(result, shape_of(output))
-                for result, output in zip(meaning.rewrite(rewrite), match.outputs, strict=True)
-            ]
+            try:
+                emitted = meaning.rewrite(rewrite)
+                results = [rewrite.view(r, shape_of(o)) for r, o in zip(emitted, match.outputs, strict=True)]
+            except NotRewritten:
+                rewrite.abandon()
+                continue
             for result, output in zip(results, match.outputs, strict=True):
                 result.meta["val"] = output.meta["val"]  # the strides that the rest of the graph counts on
             node = next(n for n in rewrite.emitted if hasattr(n.target, "meaning_kind"))
