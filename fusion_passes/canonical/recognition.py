@@ -40,8 +40,10 @@ class Recognized:
             return
         values = dict(zip(self.inputs, self.node.all_input_nodes, strict=True))
         with graph.inserting_before(self.node):
-            originals = graph.graph_copy(self.spelling, values)
-        assert isinstance(originals, tuple)
+            for node in self.spelling.nodes:  # what is not in it is a size that is an input of the graph
+                if node.op == "call_function":
+                    values[node] = graph.node_copy(node, lambda n: values.get(n, n))
+        originals = [values[node] for node in self.spelling.output_node().args[0]]  # type: ignore[union-attr,index]
         for index, (result, original) in enumerate(zip(self.results, originals, strict=True)):
             result.replace_all_uses_with(original)
             # a fusion may have read the value before it was brought to the shape of the user's graph
