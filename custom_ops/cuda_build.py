@@ -97,10 +97,10 @@ def current_arch() -> str | None:
 
 def why_not() -> str | None:
     """Why the CUDA C++ kernels cannot be used here; None if they can (they may still have to be built)."""
-    arch = current_arch()
-    if arch is None:
+    capability, arch = platform.cuda_capability(), current_arch()
+    if capability is None or arch is None:
         return "there is no CUDA GPU here"
-    if platform.cuda_capability() < MINIMUM_CAPABILITY:
+    if capability < MINIMUM_CAPABILITY:
         return f"they need compute capability 8.0 or newer, this GPU has {arch}"
     if platform.toolkit() is None and _find(arch) is None:
         return (

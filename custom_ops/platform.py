@@ -6,6 +6,7 @@ that the question is about: `find_spec` and `importlib.metadata` read the file s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -48,6 +49,13 @@ def cuda_capability(device: torch.device | int | None = None) -> tuple[int, int]
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of x current, where it is a GPU and another one is."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @functools.cache

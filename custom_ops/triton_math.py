@@ -7,9 +7,6 @@ from integer arithmetic, so that its output can be compared bit for bit.
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,13 +26,6 @@ _POW2_120 = tl.constexpr(2.0**120)
 def native_fp8(x: Tensor) -> bool:
     """Whether the device converts to and from float8_e4m3fn itself (compute capability 8.9 and newer)."""
     return x.device.type == "cuda" and (platform.cuda_capability(x.device) or (0, 0)) >= (8, 9)
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on the device of x, whichever is current."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 @triton.jit

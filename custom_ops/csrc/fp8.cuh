@@ -33,6 +33,18 @@ __device__ __forceinline__ void group_amax(const Vec<T, N> (&v)[R], int group_si
   typename Packed<T>::type m[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) m[i] = abs_max(v[i]);
+  if (N == 4 && group_size == 128) {
+    // The group is the warp, which has a maximum of integers in one instruction, in place of five rounds of
+    // shuffles in series. Without their signs floats order as integers do, NaN on top.
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const uint32_t bits = *reinterpret_cast<const uint32_t*>(&m[i]);
+      const uint32_t largest = __reduce_max_sync(0xffffffffu, max(bits & 0xffffu, bits >> 16));
+      const float2 f = Packed<T>::to_float(*reinterpret_cast<const typename Packed<T>::type*>(&largest));
+      amax[i] = max_nan(f.x, min_amax);
+    }
+    return;
+  }
 #pragma unroll
   for (int lanes = 64 / N; lanes > 0; lanes /= 2) {
     if (lanes == 64 / N && group_size == 64) continue;
@@ -106,6 +118,11 @@ __device__ __forceinline__ void group_quantize(const Vec<T, N> (&v)[R], int grou
 #pragma unroll
     for (int i = 0; i < R; ++i) codes[i] = quantize<false>(v[i], amax[i], scale[i]);
   }
+}
+
+template <typename C>
+__device__ __forceinline__ void store_codes(C codes, int64_t row, int64_t col, int64_t cols, const Quantized& out) {
+  *reinterpret_cast<C*>(out.codes + row * cols + col) = codes;
 }
 
 // Stores the scales that a lane holds for its group in R consecutive rows, if it is the group's first lane.

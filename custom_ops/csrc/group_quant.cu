@@ -5,6 +5,14 @@
 namespace custom_ops {
 namespace {
 
+// Which shape of thread is fastest, measured on an H100; the values do not depend on it. Few elements: more
+// threads with less to do. More than the L2 cache holds: a thread with one row, for DRAM likes neighbouring
+// blocks to read neighbouring memory (4096 x 7168: 31.0 us, and 32.0 with four rows). Between: four rows,
+// whose loads are under way together (1024 x 7168: 5.2 us, and 6.7 with one).
+constexpr int64_t kFewElements = int64_t{1} << 16;
+constexpr int64_t kManyElements = int64_t{1} << 20;
+constexpr int64_t kMoreThanL2 = int64_t{1} << 24;
+
 template <typename T, int N, int R, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     group_quant_kernel(const T* x, int64_t stride, int64_t rows, int64_t cols, RowGrid grid, Quantized out) {
@@ -16,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
     if (at.row + i >= rows) {
       v[i] = zero_vec<T, N>();
     } else {
-      v[i] = Aligned ? load_streaming<T, N>(p) : load_scalar<T, N>(p, N);
+      v[i] = Aligned ? load_const<T, N>(p) : load_scalar<T, N>(p, N);
     }
   }
   quantize_rows(v, at, rows, cols, out);
@@ -31,11 +39,12 @@ void launch_kernel(Matrix x, int64_t rows, int64_t cols, const Quantized& out, c
 
 template <typename T>
 cudaError_t launch(Matrix x, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
+  const int64_t elements = rows * cols;
   if (!vectorizable(x.data, x.stride, cols)) {
     launch_kernel<T, 8, 1, false>(x, rows, cols, out, stream);
-  } else if (rows * cols < kFewElements) {
+  } else if (elements < kFewElements) {
     launch_kernel<T, 4, 1, true>(x, rows, cols, out, stream);
-  } else if (rows * cols < kManyElements) {
+  } else if (elements < kManyElements || elements >= kMoreThanL2) {
     launch_kernel<T, 8, 1, true>(x, rows, cols, out, stream);
   } else {
     launch_kernel<T, 8, 4, true>(x, rows, cols, out, stream);

@@ -9,18 +9,13 @@ namespace custom_ops {
 
 constexpr int kThreads = 128;
 
-// How many rows and elements per thread. Small launches want threads, large ones loads in flight and few
-// instructions; the values do not depend on it. Measured on an H100: see bench/results.
-constexpr int64_t kFewElements = int64_t{1} << 18;
-constexpr int64_t kManyElements = int64_t{1} << 22;
-
 // Threads are numbered, fastest first: lanes of a column block, rows of a row block, column blocks, row blocks.
 //   row-major scales and none:  the row block is one row, so a warp reads on along it
 //   column-major scales:        the column block is a group and the row block eight rows, so that a block of
 //                               threads writes whole 32-byte sectors of scales
 // The host supplies the reciprocal of the number of column blocks, since a division would cost a thread some 20
 // instructions in series before its first load: n / d is n * magic shifted, for n < 2^31. More threads than
-// that (2^33 elements at least) divide.
+// that (more than 2^33 elements) divide, in 64 bits.
 struct RowGrid {
   uint32_t col_blocks;
   uint32_t magic;  // 0: divide
@@ -63,17 +58,22 @@ inline RowGrid row_grid(int64_t rows, int64_t cols, int n, int rows_per_thread, 
 
 template <int N, int R>
 __device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows) {
-  const uint64_t item = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const uint32_t lane = static_cast<uint32_t>(item) & ((1u << grid.lane_bits) - 1);
-  const uint32_t row = static_cast<uint32_t>(item >> grid.lane_bits) & ((1u << grid.row_bits) - 1);
-  const uint64_t block = item >> (grid.lane_bits + grid.row_bits);
   uint64_t row_block;
+  uint32_t col_block;
+  const uint32_t item = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;  // or its low bits
+  const uint32_t lane = item & ((1u << grid.lane_bits) - 1);
+  const uint32_t row = (item >> grid.lane_bits) & ((1u << grid.row_bits) - 1);
+  const uint32_t bits = grid.lane_bits + grid.row_bits;
   if (grid.magic != 0) {
-    row_block = (static_cast<uint64_t>(static_cast<uint32_t>(block)) * grid.magic) >> (31 + grid.magic_shift);
+    const uint32_t block = item >> bits;
+    const uint32_t quotient = __umulhi(2 * block, grid.magic) >> grid.magic_shift;
+    row_block = quotient;
+    col_block = block - quotient * grid.col_blocks;
   } else {
+    const uint64_t block = (static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x) >> bits;
     row_block = block / grid.col_blocks;
+    col_block = static_cast<uint32_t>(block - row_block * grid.col_blocks);
   }
-  const uint32_t col_block = static_cast<uint32_t>(block) - static_cast<uint32_t>(row_block) * grid.col_blocks;
   RowTile at;
   at.row = static_cast<int64_t>((row_block << grid.row_bits) + row) * R;
   at.col = static_cast<int64_t>((col_block << grid.lane_bits) + lane) * N;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void quantize_rows(const Vec<T, N> (&v)[R], const Row
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (at.row + i < rows) {
-      *reinterpret_cast<Codes<N>*>(out.codes + (at.row + i) * cols + at.col) = codes[i];
+      store_codes(codes[i], at.row + i, at.col, cols, out);
     }
   }
   store_scales(scale, at.row, at.col, rows, out);

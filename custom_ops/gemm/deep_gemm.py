@@ -1,7 +1,7 @@
 """block_scaled_mm on DeepGEMM (`pip install sgl-deep-gemm`), for Hopper.
 
-DeepGEMM compiles a kernel with nvcc or NVRTC when it first meets a problem, which must not happen inside a CUDA
-graph capture: a shape that has not run before the capture is an error there, not a compilation.
+DeepGEMM compiles a kernel when it first meets a problem, which must not happen inside a CUDA graph
+capture: a shape that has not run before the capture is an error there, not a compilation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import platform
+from custom_ops.platform import on_device
 from custom_ops.scales import as_rows, has_layout, known, pitch_of
 
 # TMA reads and writes rows whose pitch is a multiple of 16 bytes.
@@ -72,7 +73,7 @@ def block_scaled_mm(
         )
     left = (rows, _scale_rows(a_scale, m))
     right = (b.contiguous(), b_scale.contiguous())
-    with torch.cuda.device(a.device):
+    with on_device(a):
         deep_gemm.fp8_gemm_nt(left, right, out.view(m, n))
     compiled.add(problem)
     return out
@@ -82,6 +83,8 @@ def _scale_rows(a_scale: Tensor, m: int) -> Tensor:
     """a_scale as [M, G]. Spelled out for the TMA-aligned layout: with one token a view may take any
     stride for the tokens, and DeepGEMM would transpose what is in place already.
     """
+    if a_scale.dim() == 2 and a_scale.stride(0) == 1:
+        return a_scale
     groups = a_scale.shape[-1]
     if has_layout(a_scale, "column_major_tma"):
         return a_scale.as_strided((m, groups), (1, pitch_of(m, "column_major_tma")))

@@ -8,8 +8,8 @@ from torch import Tensor
 from custom_ops import library
 from custom_ops.gemm import deep_gemm, reference
 from custom_ops.gemm.reference import BLOCK
-from custom_ops.library import require
 from custom_ops.quantization.ops import check_device
+from custom_ops.scales import known
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,25 +65,18 @@ def _check(
     if b.dim() != 2:
         raise ValueError(f"{op}: b has {b.dim()} dimensions; accepted: 2, [N, K]")
     k_blocks = -(-a.shape[-1] // BLOCK)
-    n_blocks = -(-b.shape[0] // BLOCK)
-    for name, tensor, shape in (
-        ("b", b, (b.shape[0], a.shape[-1])),
-        ("a_scale", a_scale, (*a.shape[:-1], k_blocks)),
-        ("b_scale", b_scale, (n_blocks, k_blocks)),
-    ):
-        _check_shape(op, name, tensor, shape)
+    _check_shape("b", b, (b.shape[0], a.shape[-1]))
+    _check_shape("a_scale", a_scale, (*a.shape[:-1], k_blocks))
+    _check_shape("b_scale", b_scale, (-(-b.shape[0] // BLOCK), k_blocks))
 
 
-def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    def message() -> str:
-        return (
-            f"{op}: {name}.shape is {tuple(tensor.shape)}; accepted: {shape} (a is [..., K], a_scale "
-            "[..., ceil(K / 128)], b [N, K], b_scale [ceil(N / 128), ceil(K / 128)])"
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any(known(h != w) for h, w in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"block_scaled_mm: {name}.shape is {tuple(sizes)}; accepted: {shape} (a is [..., K], "
+            "a_scale [..., ceil(K / 128)], b [N, K], b_scale [ceil(N / 128), ceil(K / 128)])"
         )
-
-    require(tensor.dim() == len(shape), message)
-    for have, want in zip(tensor.shape, shape, strict=True):
-        require(have == want, message)
 
 
 def _empty(

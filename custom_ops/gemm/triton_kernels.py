@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.gemm.reference import BLOCK
+from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
-from custom_ops.triton_math import INTERPRET, decode_e4m3, native_fp8, on_device, round_to
+from custom_ops.triton_math import INTERPRET, decode_e4m3, native_fp8, round_to
 
 # Tiles of rows that run together, so that a tile of b is read from L2 by all of them.
 ROW_TILES = 8

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops.platform import on_device
 from custom_ops.quantization.ops import empty_quant
 from custom_ops.quantization.triton_kernels import scale_steps
 from custom_ops.scales import as_rows
 from custom_ops.triton_math import (
     native_fp8,
-    on_device,
     quantize_groups,
     round_to,
     to_float32,

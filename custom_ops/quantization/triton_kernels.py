@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_ops.platform import on_device
 from custom_ops.quantization.ops import empty_quant
 from custom_ops.scales import as_rows
-from custom_ops.triton_math import native_fp8, on_device, quantize_groups, to_float32
+from custom_ops.triton_math import native_fp8, quantize_groups, to_float32
 
 # Elements of a program: 8 for each of 128 threads, one 16-byte load.
 TILE = 1024

@@ -385,6 +385,18 @@ def test_more_than_2_to_the_31_elements(ops) -> None:
     assert torch.equal(whole[0][-100:].view(torch.uint8), part[0].view(torch.uint8))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+def test_more_than_2_to_the_31_threads(ops, layout: str) -> None:
+    """The numbers of the threads need 64 bits. The rows are one row: 2^34 elements would not fit."""
+    row = randn(1, 8192, dtype=torch.bfloat16)
+    codes, scale = ops.group_quant(row.expand(2**21 + 5, 8192), 128, scale_layout=layout)
+    want = quantization.group_quant(row, 128, scale_layout="row_major", min_amax=1e-10)
+    for at in (0, 2**20, 2**21 - 1, 2**21 + 4):
+        assert torch.equal(codes[at].view(torch.uint8), want[0][0].view(torch.uint8))
+    assert bool((scale == want[1]).all())
+
+
 def test_current_stream_and_graph(ops) -> None:
     x = randn(64, 1024, dtype=torch.bfloat16)
     want = ops.group_quant(x, 128)

@@ -60,8 +60,11 @@ def assert_close(out, args, roundoff):
 
 # float32 sums of up to 300 products, dequantized in float32.
 FLOAT32 = 300 * 2.0**-24
-# Hopper's FP8 tensor cores keep about 14 bits of a sum within 128 channels.
-ROUNDOFF = FLOAT32 if DEVICE == "cpu" else 2.0**-11
+# Hopper's FP8 tensor cores align the products of a sum to the largest and keep about 14 bits, so that each
+# of 128 products can lose 2^-14 of the largest; codes of all magnitudes, as drawn here, come close.
+ROUNDOFF = FLOAT32 if DEVICE == "cpu" else 128 * 2.0**-14
+# On normal data the losses average out.
+NORMAL_DATA_ROUNDOFF = 2.0**-11
 
 
 @given(products(), st.sampled_from(OUT_DTYPES))
@@ -172,7 +175,8 @@ class TestDeepGemm:
     def test_against_float64(self, m, n, k):
         args = self.operands(m, n, k)
         assert custom_ops.explain("block_scaled_mm", *args).implementation.name == "deep_gemm"
-        assert_close(custom_ops.block_scaled_mm(*args), args, ROUNDOFF)
+        assert_close(custom_ops.block_scaled_mm(*args), args, NORMAL_DATA_ROUNDOFF)
+        assert_close(triton(*args), args, NORMAL_DATA_ROUNDOFF)
 
     def test_layouts_of_the_scale_give_the_same_bits(self, m, n, k):
         expected = deep_gemm.block_scaled_mm(*self.operands(m, n, k), out_dtype=torch.bfloat16)

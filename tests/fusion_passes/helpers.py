@@ -1,0 +1,84 @@
+"""What stock models spell out, in plain PyTorch, and how its fusions are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fusion_passes import Fusion, registry, verify
+from fusion_passes import fusion as fusion_module
+from fusion_passes.testing import Result, fuse
+
+FP8 = torch.float8_e4m3fn
+EPS = 1e-6
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def llama_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def quantize(x: Tensor, group_size: int = 128, min_amax: float = 1e-10) -> tuple[Tensor, Tensor]:
+    groups = x.float().unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=min_amax) / 448.0
+    return (groups / scale).clamp(-448.0, 448.0).to(FP8).flatten(-2), scale.squeeze(-1)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def everything() -> list[Fusion]:
+    return list(registry().values())
+
+
+def fuse_all(fn: Callable[..., Any], *args: Any, only: Sequence[str] | None = None, **kwargs: Any) -> Result:
+    """Run fusions (all, or those named) on a call; outputs must be what the semantics allow, no copy added."""
+    known = registry()
+    fusions = everything() if only is None else [known[name] for name in only]
+    result = fuse(fn, *args, only=fusions, **kwargs)
+    assert_same(result)
+    return result
+
+
+def assert_same(result: Result) -> None:
+    result.after.graph.lint()
+    accumulated = any("mm" in str(node.target) for node in result.before.graph.nodes)
+    for index, (expected, actual) in enumerate(zip(result.expected, result.actual, strict=True)):
+        problem = verify.difference(expected, actual, accumulated)
+        assert problem is None, f"output {index}: {problem}\n{result.report}"
+        assert expected.numel() < 2 or expected.stride() == actual.stride(), f"strides of output {index}"
+
+
+def calls(graph: fx.Graph) -> list[str]:
+    """The functions that a graph calls, sorted: how often each op is in it."""
+    return sorted(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def misses(result: Result, fusion: str) -> list[str]:
+    """The reasons that the report gives for a fusion's near misses."""
+    return [miss.reason for miss in result.report.near_misses if miss.fusion == fusion]
+
+
+@contextmanager
+def registered(*fusions: Fusion) -> Iterator[None]:
+    """Fusions of somebody else's, for the time of a test."""
+    before = dict(fusion_module._registered)
+    try:
+        for fusion in fusions:
+            fusion_module.register(fusion)
+        yield
+    finally:
+        fusion_module._registered.clear()
+        fusion_module._registered.update(before)
