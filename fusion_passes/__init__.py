@@ -10,13 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_passes.backend import explain, inductor_options
-    from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor, register, registry
+    from fusion_passes.fusion import (
+        Constraint,
+        Fusion,
+        Pattern,
+        Scalar,
+        SizeOf,
+        Tensor,
+        register,
+        registry,
+    )
     from fusion_passes.quantize import quantize_
     from fusion_passes.reporting import NearMiss, Report, Site, report, reports, reset_reports
 
 _HOMES = {
     "backend": ("explain", "inductor_options"),
-    "fusion": ("Constraint", "Fusion", "Pattern", "Scalar", "SizeOf", "Tensor", "register", "registry"),
+    "fusion": (
+        "Constraint",
+        "Fusion",
+        "Pattern",
+        "Scalar",
+        "SizeOf",
+        "Tensor",
+        "register",
+        "registry",
+    ),
     "quantize": ("quantize_",),
     "reporting": ("NearMiss", "Report", "Site", "report", "reports", "reset_reports"),
 }

@@ -11,9 +11,8 @@ import torch
 from torch import fx
 
 from custom_ops import cuda_build
-from fusion_passes import reporting
+from fusion_passes import reporting, torch_internals
 from fusion_passes import settings as settings_module
-from fusion_passes import torch_internals
 from fusion_passes.fusion import registry
 from fusion_passes.manager import FusionPass
 from fusion_passes.reporting import Report
@@ -22,7 +21,11 @@ _OPTION = "joint_custom_pre_pass"
 
 
 def fusion_passes(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="fusion_passes")``.
 
@@ -34,7 +37,9 @@ def fusion_passes(
     """
     settings, inductor = settings_module.resolve(options, registry())
     inductor = {**torch_internals.inductor_mode_options(mode), **inductor}
-    fusion_pass = FusionPass(settings, after=inductor.get(_OPTION, torch_internals.inductor_default(_OPTION)))
+    fusion_pass = FusionPass(
+        settings, after=inductor.get(_OPTION, torch_internals.inductor_default(_OPTION))
+    )
     inductor[_OPTION] = fusion_pass
     stored = _stored_report(gm, example_inputs, fusion_pass, inductor)
     compiled = torch_internals.compile_with_inductor(gm, example_inputs, inductor)
@@ -67,7 +72,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def compile_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         fusion_passes(gm, example_inputs)
         outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-        fakes = [node.meta.get("example_value") if isinstance(node, fx.Node) else node for node in outputs]
+        fakes = [
+            node.meta.get("example_value") if isinstance(node, fx.Node) else node
+            for node in outputs
+        ]
         return lambda *_: [torch_internals.zeros_of(fake) for fake in fakes]
 
     torch.compiler.reset()
@@ -80,7 +88,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return reporting.report()
 
 
-def _stored_report(gm: fx.GraphModule, example_inputs: Sequence[Any], fusion_pass: FusionPass, options: dict[str, Any]) -> Path | None:
+def _stored_report(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    fusion_pass: FusionPass,
+    options: dict[str, Any],
+) -> Path | None:
     """Where the report of this graph is kept for the time when Inductor answers from its cache.
 
     A cached graph never reaches the pass, yet its user wants to know what is in it.
@@ -89,7 +102,9 @@ def _stored_report(gm: fx.GraphModule, example_inputs: Sequence[Any], fusion_pas
     if uuid is None:
         return None
     inputs = [
-        (str(i.dtype), str(tuple(i.shape)), str(i.device), i.requires_grad) if isinstance(i, torch.Tensor) else repr(type(i))
+        (str(i.dtype), str(tuple(i.shape)), str(i.device), i.requires_grad)
+        if isinstance(i, torch.Tensor)
+        else repr(type(i))
         for i in example_inputs
     ]
     rest = sorted((key, repr(value)) for key, value in options.items() if key != _OPTION)
@@ -101,7 +116,11 @@ def _report_of_cached_graph(stored: Path | None, destination: bool | Path) -> No
     if stored is not None and stored.exists():
         report = Report.from_json(stored.read_text())
     else:
-        report = Report(notes=["Inductor answered from its cache, and no report of that compilation is kept here"])
+        report = Report(
+            notes=[
+                "Inductor answered from its cache, and no report of that compilation is kept here"
+            ]
+        )
     report.from_cache = True
     report.graph = torch_internals.compile_id()
     reporting.add(report)

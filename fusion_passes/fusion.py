@@ -32,8 +32,19 @@ if TYPE_CHECKING:
 
     from fusion_passes.matching import Match
     from fusion_passes.reporting import Site
+    from fusion_passes.rewriting import Rewrite
 
-__all__ = ["Constraint", "Fusion", "Pattern", "Scalar", "SizeOf", "Tensor", "default_state", "register", "registry"]
+__all__ = [
+    "Constraint",
+    "Fusion",
+    "Pattern",
+    "Scalar",
+    "SizeOf",
+    "Tensor",
+    "default_state",
+    "register",
+    "registry",
+]
 
 ENTRY_POINT_GROUP = "fusion_passes.fusions"
 
@@ -115,7 +126,7 @@ class Fusion:
     stage: int
     priority: int = 0
     patterns: tuple[Pattern, ...] = ()
-    rewrite: Callable[[Match], tuple[Any, ...]] | None = None
+    rewrite: Callable[[Rewrite], tuple[Any, ...]] | None = None
     transform: Callable[[fx.Graph], Iterable[Site]] | None = None
     constraints: tuple[Constraint, ...] = ()
     signature: str = ""
@@ -125,7 +136,9 @@ class Fusion:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"a fusion's name is lower case letters, digits and underscores, got {self.name!r}")
+            raise ValueError(
+                f"a fusion's name is lower case letters, digits and underscores, got {self.name!r}"
+            )
         if bool(self.patterns) == bool(self.transform) or bool(self.patterns) != bool(self.rewrite):
             raise ValueError(f"{self.name}: give patterns with a rewrite, or a transform")
 
@@ -140,10 +153,12 @@ class Fusion:
         return sympy.expand(_expression(self.bytes_before) - _expression(self.bytes_after))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _expression(text: str) -> sympy.Expr:
     names = set(re.findall(r"[a-z_][a-z0-9_]*", text))
-    return sympy.sympify(text, locals={name: sympy.Symbol(name, positive=True, integer=True) for name in names})
+    return sympy.sympify(
+        text, locals={name: sympy.Symbol(name, positive=True, integer=True) for name in names}
+    )
 
 
 _registered: dict[str, Fusion] = {}
@@ -169,7 +184,9 @@ def registry() -> dict[str, Fusion]:
                 raise ValueError(f"two fusions are named {fusion.name!r}")
             _loaded[fusion.name] = fusion
     everything = {**_loaded, **_registered}
-    return dict(sorted(everything.items(), key=lambda item: (item[1].stage, -item[1].priority, item[0])))
+    return dict(
+        sorted(everything.items(), key=lambda item: (item[1].stage, -item[1].priority, item[0]))
+    )
 
 
 def _shipped() -> Iterable[Fusion]:
@@ -189,7 +206,9 @@ def _from_entry_points() -> Iterable[Fusion]:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         fusion = entry.load()
         if not isinstance(fusion, Fusion):
-            raise TypeError(f"the entry point {entry.name!r} of {ENTRY_POINT_GROUP} is no Fusion: {fusion!r}")
+            raise TypeError(
+                f"the entry point {entry.name!r} of {ENTRY_POINT_GROUP} is no Fusion: {fusion!r}"
+            )
         yield fusion
 
 

@@ -94,7 +94,9 @@ def compose(outer: IndexMap, inner: IndexMap) -> IndexMap | None:
         if not kept:
             result.append((size, False))
             continue
-        if position == 0:  # whatever is left lies under the leading digit, whole or cut short by a slice
+        if (
+            position == 0
+        ):  # whatever is left lies under the leading digit, whole or cut short by a slice
             result.extend(reversed(pending))
             pending.clear()
             break

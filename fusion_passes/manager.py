@@ -22,8 +22,7 @@ import torch
 from torch import fx
 
 import custom_ops
-from fusion_passes import near_miss, tables, torch_internals, verify
-from fusion_passes import reporting
+from fusion_passes import near_miss, reporting, tables, torch_internals, verify
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import recognition, views
 from fusion_passes.fusion import Fusion, registry
@@ -57,7 +56,12 @@ class FusionPass(torch_internals.CustomGraphPass):
 
     def uuid(self) -> str | None:
         """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none."""
-        parts = [source_hash(), repr(self._settings().cache_key()), *_versions(), repr(_foreign_fusions())]
+        parts = [
+            source_hash(),
+            repr(self._settings().cache_key()),
+            *_versions(),
+            repr(_foreign_fusions()),
+        ]
         parts.append(os.environ.get("CUSTOM_OPS_DISABLE", ""))
         if self.after is not None:
             theirs = getattr(self.after, "uuid", lambda: None)()
@@ -79,7 +83,8 @@ class FusionPass(torch_internals.CustomGraphPass):
             silent = [name for name in sorted(settings.named_on) if name not in run.report.matches]
             if silent:
                 raise StrictError(
-                    f"{', '.join(silent)} fired nowhere in graph {run.report.graph} (FUSION_PASSES_STRICT).\n{run.report}"
+                    f"{', '.join(silent)} fired nowhere in graph {run.report.graph}"
+                    f" (FUSION_PASSES_STRICT).\n{run.report}"
                 )
 
     def __reduce__(self) -> Any:
@@ -96,12 +101,17 @@ def run(graph: fx.Graph, settings: Settings, only: Sequence[Fusion] | None = Non
 class _Run:
     """The passes over one graph."""
 
-    def __init__(self, graph: fx.Graph, settings: Settings, only: Sequence[Fusion] | None = None) -> None:
+    def __init__(
+        self, graph: fx.Graph, settings: Settings, only: Sequence[Fusion] | None = None
+    ) -> None:
         self.graph, self.settings, self.only = graph, settings, only
         self.device = _device_of(graph)
         self.arch = tables.arch_of(self.device)
         self.report = Report(
-            graph=torch_internals.compile_id(), device=self.arch, nodes_before=len(graph.nodes), nodes_after=len(graph.nodes)
+            graph=torch_internals.compile_id(),
+            device=self.arch,
+            nodes_before=len(graph.nodes),
+            nodes_after=len(graph.nodes),
         )
         self.applies = self._applies()
         self.recognized: list[recognition.Recognized] = []
@@ -110,9 +120,16 @@ class _Run:
     def _applies(self) -> bool:
         if not torch_internals.is_supported():
             _warn_unsupported()
-            self.report.notes.append(f"torch {torch.__version__} is not supported: compiled unfused")
-        elif any(node.op == "placeholder" and node.name.startswith("tangents") for node in self.graph.nodes):
-            self.report.notes.append("a training graph is left as it is: call the model under torch.no_grad() to fuse it")
+            self.report.notes.append(
+                f"torch {torch.__version__} is not supported: compiled unfused"
+            )
+        elif any(
+            node.op == "placeholder" and node.name.startswith("tangents")
+            for node in self.graph.nodes
+        ):
+            self.report.notes.append(
+                "a training graph is left as it is: call the model under torch.no_grad() to fuse it"
+            )
         else:
             return True
         return False
@@ -123,7 +140,9 @@ class _Run:
             self.report.states.update({fusion.name: (True, "asked for") for fusion in fusions})
         else:
             for name, fusion in registry().items():
-                self.report.states[name] = self.settings.enabled(name, *fusion.default_state(self.arch))
+                self.report.states[name] = self.settings.enabled(
+                    name, *fusion.default_state(self.arch)
+                )
             fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
         if not self.applies or not fusions:
             return
@@ -152,7 +171,9 @@ class _Run:
         self._dump(fusion.name)
 
     def _patterns(self, fusion: Fusion) -> None:
-        roots = dict.fromkeys(node for p in fusion.patterns for node in candidates(self.graph, compile_pattern(p)))
+        roots = dict.fromkeys(
+            node for p in fusion.patterns for node in candidates(self.graph, compile_pattern(p))
+        )
         moved = False
         for node in sorted(roots):
             if not node.users:
@@ -182,9 +203,14 @@ class _Run:
                     raise
                 reason = f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
                 warnings.warn(f"{fusion.name} at {module_path(root)} {reason}", stacklevel=2)
-            except Exception as error:  # a fusion's own code, perhaps a third party's: the model must still run
+            except (
+                Exception
+            ) as error:  # a fusion's own code, perhaps a third party's: the model must still run
                 reason = f"undone, the rewrite raised {type(error).__name__}: {error}"
-                warnings.warn(f"{fusion.name} at {module_path(root)} {reason}\n{traceback.format_exc()}", stacklevel=2)
+                warnings.warn(
+                    f"{fusion.name} at {module_path(root)} {reason}\n{traceback.format_exc()}",
+                    stacklevel=2,
+                )
             else:
                 rewrite.commit(finished)
                 self.report.sites.append(site)
@@ -207,7 +233,9 @@ class _Run:
     def _site(self, fusion: Fusion, rewrite: Rewrite) -> Site:
         sizes = rewrite.match.sizes
         saved = fusion.bytes_saved()
-        saved = saved.xreplace({symbol: sympy.sympify(sizes[symbol.name]) for symbol in saved.free_symbols})
+        saved = saved.xreplace(
+            {symbol: sympy.sympify(sizes[symbol.name]) for symbol in saved.free_symbols}
+        )
         return Site(
             fusion=fusion.name,
             module=module_path(rewrite.match.outputs[0]),
@@ -224,14 +252,18 @@ class _Run:
         for fusion in fusions:
             said = {(miss.fusion, miss.module) for miss in self.report.near_misses}
             found = near_miss.explain(fusion, self.graph)
-            self.report.near_misses += [miss for miss in found if (miss.fusion, miss.module) not in said]
+            self.report.near_misses += [
+                miss for miss in found if (miss.fusion, miss.module) not in said
+            ]
 
     def _tidy(self) -> None:
         """Replace each custom op by the op of its implementation where the choice is already certain."""
         torch_internals.tidy(self.graph)
         recognition.restore(self.graph, self.recognized)
         ops = custom_ops.ops().values()
-        declared = {op.overload: op for op in ops} | {op.tensor_eps: op for op in ops if op.tensor_eps}
+        declared = {op.overload: op for op in ops} | {
+            op.tensor_eps: op for op in ops if op.tensor_eps
+        }
         for node in self.graph.nodes:
             op = declared.get(node.target) if node.op == "call_function" else None
             if op is not None:
@@ -261,7 +293,12 @@ def _would_cycle(match: Match) -> bool:
     """Whether an input of the match depends on one of its outputs by a way outside of it."""
     inside = set(match.nodes.values())
     outputs = [node for node in match.outputs if node is not match.outputs[0]]
-    outside = [user for node in outputs for user in node.users if user not in inside and user < match.outputs[0]]
+    outside = [
+        user
+        for node in outputs
+        for user in node.users
+        if user not in inside and user < match.outputs[0]
+    ]
     if not outside:
         return False
     first = min(outside)
@@ -278,7 +315,9 @@ def _would_cycle(match: Match) -> bool:
 
 
 def _device_of(graph: fx.Graph) -> torch.device:
-    devices = [n.meta["val"].device for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    devices = [
+        n.meta["val"].device for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
@@ -286,7 +325,8 @@ def _device_of(graph: fx.Graph) -> torch.device:
 def _warn_unsupported() -> None:
     first, last = (".".join(map(str, version)) for version in torch_internals.SUPPORTED)
     warnings.warn(
-        f"fusion_passes supports torch {first} to {last}, this is {torch.__version__}: graphs compile unfused", stacklevel=2
+        f"fusion_passes supports torch {first} to {last}, this is {torch.__version__}: graphs compile unfused",
+        stacklevel=2,
     )
 
 
@@ -313,9 +353,17 @@ def _versions() -> tuple[str, ...]:
 
 
 def _foreign_fusions() -> list[Any]:
-    """What is known of fusions that are not ours: the code of their functions."""
-    return [
-        (name, *(repr((p.fn.__code__.co_code, p.fn.__code__.co_consts)) for p in fusion.patterns if hasattr(p.fn, "__code__")),
-         getattr(getattr(fusion.rewrite, "__code__", None), "co_code", None))
-        for name, fusion in registry().items() if not (getattr(fusion.rewrite or fusion.transform, "__module__", "") or "").startswith("fusion_passes.")
-    ]  # fmt: skip
+    """What is known of fusions that are not ours: their names and the code of their functions."""
+    found: list[Any] = []
+    for name, fusion in registry().items():
+        main = fusion.rewrite or fusion.transform
+        if not getattr(main, "__module__", "").startswith("fusion_passes."):
+            found.append(
+                (name, [_code(fn) for fn in (main, *(pattern.fn for pattern in fusion.patterns))])
+            )
+    return found
+
+
+def _code(fn: Any) -> Any:
+    code = getattr(getattr(fn, "func", fn), "__code__", None)
+    return (code.co_code, repr(code.co_consts), code.co_names) if code else repr(fn)

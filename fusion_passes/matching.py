@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,15 @@ from torch import fx
 from fusion_passes import index_map, torch_internals
 from fusion_passes.fusion import Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.index_map import IndexMap, Size
-from fusion_passes.operations import COMMUTATIVE, Operation, describe, is_tensor, read, shape_of, transparent
+from fusion_passes.operations import (
+    COMMUTATIVE,
+    Operation,
+    describe,
+    is_tensor,
+    read,
+    shape_of,
+    transparent,
+)
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049)
@@ -57,8 +65,20 @@ class CompiledPattern:
     def __init__(self, pattern: Pattern, canonical: bool = True) -> None:
         self.pattern = pattern
         specs = pattern.inputs.values()
-        expressions = [e for spec in specs for e in (spec.shape if isinstance(spec, Tensor) else (spec.name,) if isinstance(spec, SizeOf) else ())]
-        names = dict.fromkeys(str(s) for e in expressions for s in sorted(sympy.sympify(e).free_symbols, key=str))
+        expressions = [
+            e
+            for spec in specs
+            for e in (
+                spec.shape
+                if isinstance(spec, Tensor)
+                else (spec.name,)
+                if isinstance(spec, SizeOf)
+                else ()
+            )
+        ]
+        names = dict.fromkeys(
+            str(s) for e in expressions for s in sorted(sympy.sympify(e).free_symbols, key=str)
+        )
         self.sizes = dict(zip(names, _PRIMES, strict=False))
         self._values = {e: int(sympy.sympify(e).subs(self.sizes)) for e in expressions}
         scalars = [name for name, spec in pattern.inputs.items() if isinstance(spec, Scalar)]
@@ -66,7 +86,10 @@ class CompiledPattern:
         tensors = {name: spec for name, spec in pattern.inputs.items() if isinstance(spec, Tensor)}
         self.graph = torch_internals.trace_pattern(
             lambda *args: pattern.fn(**self._arguments(dict(zip(tensors, args, strict=True)))),
-            [(tuple(self.value(e) for e in spec.shape), spec.dtype or torch.bfloat16) for spec in tensors.values()],
+            [
+                (tuple(self.value(e) for e in spec.shape), spec.dtype or torch.bfloat16)
+                for spec in tensors.values()
+            ],
         )
         if canonical:
             from fusion_passes.canonical import recognition
@@ -77,7 +100,9 @@ class CompiledPattern:
         outputs = next(node for node in self.graph.nodes if node.op == "output").args[0]
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         self.outputs = [read(node, None)[-1][0] for node in outputs]
-        self.operations = [node for node in self.graph.nodes if describe(node) and transparent(node) is None]
+        self.operations = [
+            node for node in self.graph.nodes if describe(node) and transparent(node) is None
+        ]
 
     def _arguments(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         specs = self.pattern.inputs.items()
@@ -110,7 +135,9 @@ class CompiledPattern:
     def anchor(self) -> Operation:
         operation = describe(self.outputs[0])
         if operation is None:
-            raise ValueError(f"pattern {self.pattern.name!r}: its first output is one of its inputs")
+            raise ValueError(
+                f"pattern {self.pattern.name!r}: its first output is one of its inputs"
+            )
         return operation
 
 
@@ -144,7 +171,9 @@ class Match:
     def value(self, monomial: Monomial) -> tuple[Size, list[str]]:
         """The product of a monomial's known factors, and the names of the sizes that are not known yet."""
         number, names = monomial
-        known = index_map.product([number, *(self.sizes[name] for name in names if name in self.sizes)])
+        known = index_map.product(
+            [number, *(self.sizes[name] for name in names if name in self.sizes)]
+        )
         return known, [name for name in names if name not in self.sizes]
 
     def resolve(self, expression: str) -> Size:
@@ -159,7 +188,11 @@ class Match:
         for output in self.compiled.outputs:
             if output not in self.nodes and output.target is operator.getitem:
                 source, index = self.nodes[output.args[0]], output.args[1]
-                found = [user for user in source.users if user.target is operator.getitem and user.args[1] == index]
+                found = [
+                    user
+                    for user in source.users
+                    if user.target is operator.getitem and user.args[1] == index
+                ]
                 if not found:
                     with self.graph.inserting_after(source):
                         found = [self.graph.call_function(operator.getitem, (source, index))]
@@ -202,13 +235,19 @@ class Matcher:
     def _unify(self, pattern_node: fx.Node, node: fx.Node) -> bool:
         known = self.match.nodes.get(pattern_node)
         if known is not None:
-            return known is node or self._fail(node, f"{_name(node)} is not the {_name(known)} used elsewhere in it")
+            return known is node or self._fail(
+                node, f"{_name(node)} is not the {_name(known)} used elsewhere in it"
+            )
         expected, found = describe(pattern_node), describe(node)
         assert expected is not None
         if found is None or found.name != expected.name:
-            return self._fail(node, f"expected {_short(expected.name)}, found {_found(node, found)}")
+            return self._fail(
+                node, f"expected {_short(expected.name)}, found {_found(node, found)}"
+            )
         if found.attributes != expected.attributes:
-            return self._fail(node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}")
+            return self._fail(
+                node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}"
+            )
         if is_tensor(pattern_node) and not self._same_dtype(pattern_node.meta["val"].dtype, node):
             return False
         if len(found.operands) != len(expected.operands):
@@ -219,7 +258,10 @@ class Matcher:
             orders.append(found.operands[::-1])
         before = self.match.snapshot()
         for order in orders:
-            if all(self._operand(pattern_node, expected, p, node, t) for p, t in zip(expected.operands, order, strict=True)):
+            if all(
+                self._operand(pattern_node, expected, p, node, t)
+                for p, t in zip(expected.operands, order, strict=True)
+            ):
                 return True
             self.match.copy_from(before)
         del self.match.nodes[pattern_node]
@@ -231,23 +273,37 @@ class Matcher:
             if self.match.dtype is None and found in ACTIVATION_DTYPES:
                 self.match.dtype = found
             return found == self.match.dtype or self._fail(
-                node, f"{_name(node)} is {found}, expected {self.match.dtype or 'bfloat16 or float16'}"
+                node,
+                f"{_name(node)} is {found}, expected {self.match.dtype or 'bfloat16 or float16'}",
             )
-        return found == expected or self._fail(node, f"{_name(node)} is {found}, expected {expected}")
+        return found == expected or self._fail(
+            node, f"{_name(node)} is {found}, expected {expected}"
+        )
 
-    def _operand(self, pattern_reader: fx.Node, operation: Operation, expected: Any, reader: fx.Node, found: Any) -> bool:
+    def _operand(
+        self,
+        pattern_reader: fx.Node,
+        operation: Operation,
+        expected: Any,
+        reader: fx.Node,
+        found: Any,
+    ) -> bool:
         if not isinstance(expected, fx.Node):
             return self._constant(expected, reader, found)
         if not is_tensor(expected):  # a tuple, read by getitem
-            return (isinstance(found, fx.Node) and not is_tensor(found) and self._unify(expected, found)) or self._fail(
-                reader, f"{_name(reader)} reads {_name(found)}"
-            )
+            return (
+                isinstance(found, fx.Node) and not is_tensor(found) and self._unify(expected, found)
+            ) or self._fail(reader, f"{_name(reader)} reads {_name(found)}")
         if not is_tensor(found):
             return self._fail(reader, f"{_name(reader)} has {found!r} where a tensor is expected")
         pointwise = operation.kind == "pointwise"
         chain = read(found, shape_of(reader) if pointwise else None)
-        pattern_base, pattern_map = read(expected, shape_of(pattern_reader) if pointwise else None)[-1]
-        if operation.kind in ("opaque", "rowwise") and not self._shapes(operation.kind, expected, reader, found):
+        pattern_base, pattern_map = read(expected, shape_of(pattern_reader) if pointwise else None)[
+            -1
+        ]
+        if operation.kind in ("opaque", "rowwise") and not self._shapes(
+            operation.kind, expected, reader, found
+        ):
             return False
         if operation.kind == "reduction":
             self._reduction(operation, reader)
@@ -262,7 +318,10 @@ class Matcher:
         if kind == "rowwise":
             expected_shape, shape = expected_shape[-1:], shape[-1:]
         if len(shape) != len(expected_shape):
-            return self._fail(reader, f"{_name(reader)} reads a {len(shape)}-D tensor, expected {len(expected_shape)}-D")
+            return self._fail(
+                reader,
+                f"{_name(reader)} reads a {len(shape)}-D tensor, expected {len(expected_shape)}-D",
+            )
         for size, value in zip(expected_shape, shape, strict=True):
             self.match.equations.append((self.compiled.monomial(size), value, reader))
         return True
@@ -279,7 +338,11 @@ class Matcher:
     def _constant(self, expected: Any, reader: fx.Node, found: Any) -> bool:
         name = self.compiled.scalar_name(expected)
         if name is None:
-            if isinstance(expected, int) and isinstance(found, int) and self.compiled.is_size(expected):
+            if (
+                isinstance(expected, int)
+                and isinstance(found, int)
+                and self.compiled.is_size(expected)
+            ):
                 self.match.equations.append((self.compiled.monomial(expected), found, reader))
                 return True
             return (not isinstance(found, fx.Node) and found == expected) or self._fail(
@@ -287,9 +350,14 @@ class Matcher:
             )
         if is_tensor(found):
             if found.meta["val"].dim() != 0:
-                return self._fail(reader, f"{name} is a tensor of {found.meta['val'].dim()} dimensions, not a number")
+                return self._fail(
+                    reader,
+                    f"{name} is a tensor of {found.meta['val'].dim()} dimensions, not a number",
+                )
             if found.meta["val"].device.type != "cpu":
-                return self._fail(reader, f"{name} is on a GPU, and reading it would wait for the GPU")
+                return self._fail(
+                    reader, f"{name} is on a GPU, and reading it would wait for the GPU"
+                )
             while (operation := describe(found)) is not None and operation.name == "cast":
                 found = operation.operands[0]
         elif not isinstance(found, (int, float)):
@@ -297,21 +365,31 @@ class Matcher:
         known = self.match.scalars.setdefault(name, found)
         return known == found or self._fail(reader, f"{name} is {found} here and {known} elsewhere")
 
-    def _capture(self, name: str, pattern_map: IndexMap, chain: list[tuple[fx.Node, IndexMap]]) -> bool:
+    def _capture(
+        self, name: str, pattern_map: IndexMap, chain: list[tuple[fx.Node, IndexMap]]
+    ) -> bool:
         spec = self.compiled.pattern.inputs[name]
         assert isinstance(spec, Tensor)
         if not self._same_dtype(spec.dtype or torch.bfloat16, chain[0][0]):
             return False
         new = [(node, mapping, pattern_map) for node, mapping in chain]
         known = self.match.captured.setdefault(name, new)
-        return known[-1][0] is chain[-1][0] or self._fail(chain[0][0], f"{name} is not one value: {_name(known[-1][0])} and {_name(chain[-1][0])}")
+        return known[-1][0] is chain[-1][0] or self._fail(
+            chain[0][0], f"{name} is not one value: {_name(known[-1][0])} and {_name(chain[-1][0])}"
+        )
 
     def _solve(self) -> bool:
         match, sizes = self.match, self.match.sizes
         root = self.compiled.outputs[0]
         if root in match.nodes:
             numel = index_map.product(shape_of(root))
-            match.equations.append((self.compiled.monomial(numel), index_map.product(shape_of(match.nodes[root])), match.nodes[root]))
+            match.equations.append(
+                (
+                    self.compiled.monomial(numel),
+                    index_map.product(shape_of(match.nodes[root])),
+                    match.nodes[root],
+                )
+            )
         pending = list(match.equations)
         while pending:
             left = []
@@ -319,7 +397,9 @@ class Matcher:
                 known, unknown = match.value(monomial)
                 if not unknown:
                     if not index_map.same_size(known, value):
-                        return self._fail(node, f"{_product(monomial)} is {known}, but {_name(node)} has {value}")
+                        return self._fail(
+                            node, f"{_product(monomial)} is {known}, but {_name(node)} has {value}"
+                        )
                 elif len(unknown) == 1 and (size := index_map.divide(value, known)) is not None:
                     sizes[unknown[0]] = size
                 else:
@@ -337,7 +417,9 @@ class Matcher:
         for name, chain in self.match.captured.items():
             spec = self.compiled.pattern.inputs[name]
             assert isinstance(spec, Tensor)
-            known, unknown = self.match.value(self.compiled.monomial(self.compiled.value(spec.shape[-1])))
+            known, unknown = self.match.value(
+                self.compiled.monomial(self.compiled.value(spec.shape[-1]))
+            )
             if len(unknown) != 1:
                 continue
             sizes = [shape_of(node)[-1] for node, *_ in chain if node.meta["val"].dim()]
@@ -350,19 +432,31 @@ class Matcher:
 
     def resolved(self, pattern_map: IndexMap) -> IndexMap:
         """A map of the pattern with the graph's sizes in it; what is not known counts as 1."""
-        return index_map.collapse([(self.match.value(self.compiled.monomial(size))[0], kept) for size, kept in pattern_map])
+        return index_map.collapse(
+            [
+                (self.match.value(self.compiled.monomial(size))[0], kept)
+                for size, kept in pattern_map
+            ]
+        )
 
     def _compare_maps(self) -> bool:
         if self.compiled.outputs[0] not in self.match.nodes:
             return True  # a partial match, made to explain a near miss, leaves some sizes open
         for pattern_map, mapping, node in self.match.maps:
             if not index_map.same_map(self.resolved(pattern_map), mapping):
-                return self._fail(node, f"{_name(node)} reads its operand as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}")
+                return self._fail(
+                    node,
+                    f"{_name(node)} reads its operand as {_digits(mapping)}, "
+                    f"expected {_digits(self.resolved(pattern_map))}",
+                )
         for name, chain in self.match.captured.items():
             fitting = [c for c in chain if index_map.same_map(self.resolved(c[2]), c[1])]
             if not fitting:
                 node, mapping, pattern_map = chain[0]
-                return self._fail(node, f"{name} is read as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}")
+                return self._fail(
+                    node,
+                    f"{name} is read as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}",
+                )
             self.match.captured[name] = fitting
         return True
 
@@ -373,7 +467,10 @@ def _product(monomial: Monomial) -> str:
 
 
 def _digits(mapping: IndexMap) -> str:
-    return " x ".join(f"{size}{'' if kept else ' repeated'}" for size, kept in mapping) or "one element"
+    return (
+        " x ".join(f"{size}{'' if kept else ' repeated'}" for size, kept in mapping)
+        or "one element"
+    )
 
 
 def _short(name: str) -> str:
@@ -407,7 +504,7 @@ def candidates(graph: fx.Graph, compiled: CompiledPattern) -> Iterator[fx.Node]:
         if node.op != "call_function" or not is_tensor(node):
             continue
         found = node.meta["val"].dtype
-        if found == dtype or dtype is torch.bfloat16 and found in ACTIVATION_DTYPES:
+        if found == dtype or (dtype is torch.bfloat16 and found in ACTIVATION_DTYPES):
             operation = describe(node)
             if operation is not None and operation.name == wanted.name:
                 yield node

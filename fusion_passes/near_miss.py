@@ -27,10 +27,18 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
     for node in graph.nodes:
         if not _gives_away(fusion, node):
             continue
-        attempts = [a for p in patterns for s in p.operations if _gives_away(fusion, s) for a in [_attempt(fusion, graph, p, s, node)]]
+        attempts = [
+            a
+            for p in patterns
+            for s in p.operations
+            if _gives_away(fusion, s)
+            for a in [_attempt(fusion, graph, p, s, node)]
+        ]
         best = max(attempts, key=lambda a: a.progress / a.total, default=None)
         if best is not None and best.progress >= THRESHOLD * best.total:
-            misses.append(NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason))
+            misses.append(
+                NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
+            )
     return misses
 
 
@@ -42,7 +50,9 @@ def _gives_away(fusion: Fusion, node: fx.Node) -> bool:
     return operation.name != "cast" or dtype is torch.float8_e4m3fn
 
 
-def _attempt(fusion: Fusion, graph: fx.Graph, compiled: CompiledPattern, start: fx.Node, node: fx.Node) -> Mismatch:
+def _attempt(
+    fusion: Fusion, graph: fx.Graph, compiled: CompiledPattern, start: fx.Node, node: fx.Node
+) -> Mismatch:
     """Lay the pattern on ``node`` with its operation ``start``, and walk down as far as it fits."""
     matcher = Matcher(fusion, compiled, graph)
     if not matcher.run(start, node):
@@ -62,7 +72,11 @@ def _attempt(fusion: Fusion, graph: fx.Graph, compiled: CompiledPattern, start: 
                 matcher.failure = further.failure
         else:
             operation = describe(expected)
-            wanted = operation.name.split(".")[1] if operation and "." in operation.name else operation and operation.name
+            wanted = (
+                operation.name.split(".")[1]
+                if operation and "." in operation.name
+                else operation and operation.name
+            )
             names = ", ".join(reader.name for reader in found) or "the graph's output"
             reason = f"{place.name} is read by {names}, where the fusion expects {wanted}"
             if matcher.failure.progress > len(matcher.match.nodes):

@@ -73,11 +73,19 @@ def describe(node: fx.Node) -> Operation | None:
         dims = args[1] if len(args) > 1 and args[1] else range(len(shape))
         # keepdim only shapes the result, which the index maps of its readers account for
         rest = tuple(kwargs[key] for key in attributes if key != "keepdim")
-        return Operation(_REDUCTIONS[target], "reduction", (args[0], *rest), (), index_map.reduction(shape, list(dims)))
+        return Operation(
+            _REDUCTIONS[target],
+            "reduction",
+            (args[0], *rest),
+            (),
+            index_map.reduction(shape, list(dims)),
+        )
     name = _NAMES.get(target, str(target))
     if name == "cast":
         return Operation(name, "pointwise", (args[0],))  # the dtype is compared on the node
-    if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (name == "mul" and args[0] is args[1]):
+    if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (
+        name == "mul" and args[0] is args[1]
+    ):
         return Operation("square", "pointwise", (args[0],))
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return Operation(name, "pointwise", (*args, *constants), attributes)
@@ -86,7 +94,12 @@ def describe(node: fx.Node) -> Operation | None:
 
 def transparent(node: fx.Node) -> tuple[fx.Node, IndexMap] | None:
     """The source of a node that only rearranges elements, and how; None for every other node."""
-    if node.op != "call_function" or not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
+    if (
+        node.op != "call_function"
+        or not node.args
+        or not is_tensor(node.args[0])
+        or not is_tensor(node)
+    ):
         return None
     source = node.args[0]
     shape, source_shape = shape_of(node), shape_of(source)
@@ -101,7 +114,11 @@ def transparent(node: fx.Node) -> tuple[fx.Node, IndexMap] | None:
         step = node.args[4] if len(node.args) > 4 else 1
         whole = all(index_map.same_size(a, b) for a, b in zip(shape, source_shape, strict=True))
         leading = all(size == 1 for size in shape[: dim % len(shape)])
-        return (source, identity) if step == 1 and (whole or (start in (0, None) and leading)) else None
+        return (
+            (source, identity)
+            if step == 1 and (whole or (start in (0, None) and leading))
+            else None
+        )
     if node.target in _PERMUTES:
         moved = [d for d in _permutation(node, len(shape)) if source_shape[d] != 1]
         return (source, identity) if moved == sorted(moved) else None
@@ -114,7 +131,9 @@ def _permutation(node: fx.Node, rank: int) -> list[int]:
     order = list(range(rank))
     if node.target is aten.permute.default:
         return [dim % rank for dim in node.args[1]]
-    first, second = (node.args[1], node.args[2]) if node.target is aten.transpose.int else (0, rank - 1)
+    first, second = (
+        (node.args[1], node.args[2]) if node.target is aten.transpose.int else (0, rank - 1)
+    )
     order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
     return order
 
@@ -145,7 +164,9 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def escapes(inside: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+def escapes(
+    inside: Iterable[fx.Node], outputs: Iterable[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Pairs of a node of ``inside`` that is no output, and a user of it that is outside."""
     inside, outputs = set(inside), set(outputs)
     for node in sorted(inside - outputs):
@@ -165,5 +186,9 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed([entry[0] for entry in stack.values()]), ""))
     path = re.sub(r"^L\['(self|fn|model)'\]\.?", "", path)
-    path = re.sub(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", lambda m: "." + next(filter(None, m.groups())), path)
+    path = re.sub(
+        r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]",
+        lambda m: "." + next(filter(None, m.groups())),
+        path,
+    )
     return path.lstrip(".") or "(top)"

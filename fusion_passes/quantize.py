@@ -25,19 +25,40 @@ class Fp8BlockLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.weight: torch.Tensor
+        self.weight_scale_inv: torch.Tensor
+        self.bias: torch.Tensor | None
         blocks = (-(-out_features // BLOCK), -(-in_features // BLOCK))
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn, device=device))
-        self.register_buffer("weight_scale_inv", torch.ones(blocks, dtype=torch.float32, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer(
+            "weight",
+            torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn, device=device),
+        )
+        self.register_buffer(
+            "weight_scale_inv", torch.ones(blocks, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Fp8BlockLinear:
         weight = linear.weight.detach()
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype)
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            weight.device,
+            weight.dtype,
+        )
         new.weight, new.weight_scale_inv = quantize_weight(weight)
         if linear.bias is not None:
             new.bias = linear.bias.detach().clone()
@@ -53,16 +74,22 @@ class Fp8BlockLinear(nn.Module):
         dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
         if padding:
             dequantized = dequantized[..., : self.in_features]
-        return F.linear(dequantized, dequantize_weight(self.weight, self.weight_scale_inv, x.dtype), self.bias)
+        return F.linear(
+            dequantized, dequantize_weight(self.weight, self.weight_scale_inv, x.dtype), self.bias
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
 
 
-def dequantize_weight(weight: torch.Tensor, weight_scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(
+    weight: torch.Tensor, weight_scale_inv: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """[out, in] float8 and [ceil(out / 128), ceil(in / 128)] float32 -> [out, in] ``dtype``, rounded once."""
     rows, columns = weight.shape
-    blocks = weight_scale_inv.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    blocks = weight_scale_inv.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[
+        :, :columns
+    ]
     return (weight.float() * blocks).to(dtype)
 
 
@@ -78,7 +105,10 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_(
-    model: nn.Module, scheme: str = "fp8_block", *, filter: Callable[[str, nn.Linear], bool] | None = None
+    model: nn.Module,
+    scheme: str = "fp8_block",
+    *,
+    filter: Callable[[str, nn.Linear], bool] | None = None,
 ) -> nn.Module:
     """Replace the linears of a model, in place; returns the model.
 
@@ -92,11 +122,19 @@ def quantize_(
     if scheme != "fp8_block":
         raise ValueError(f"scheme is {scheme!r}; accepted: 'fp8_block'")
     shared = _shared_weights(model)
-    take = filter or (lambda name, linear: name.split(".")[-1] != "lm_head" and linear.weight.data_ptr() not in shared)
-    chosen = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)]
+    take = filter or (
+        lambda name, linear: (
+            name.split(".")[-1] != "lm_head" and linear.weight.data_ptr() not in shared
+        )
+    )
+    chosen = [
+        (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)
+    ]
     for name, linear in chosen:
         if linear.weight.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"{name}.weight is {linear.weight.dtype}; accepted: torch.bfloat16, torch.float16")
+            raise ValueError(
+                f"{name}.weight is {linear.weight.dtype}; accepted: torch.bfloat16, torch.float16"
+            )
     if not chosen:
         raise ValueError("the model has no torch.nn.Linear to quantize")
     for name, linear in chosen:
@@ -105,7 +143,12 @@ def quantize_(
     return model
 
 
-def load_fp8_block_(model: nn.Module, source: str | PathLike[str] | Mapping[str, torch.Tensor], *, strict: bool = True) -> nn.Module:
+def load_fp8_block_(
+    model: nn.Module,
+    source: str | PathLike[str] | Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
+) -> nn.Module:
     """Load the tensors of an FP8 block checkpoint into a model whose linears were replaced by :func:`quantize_`.
 
     source: a safetensors file, or the tensors themselves by name (``...weight``, ``...weight_scale_inv``, ``...bias``
@@ -114,20 +157,30 @@ def load_fp8_block_(model: nn.Module, source: str | PathLike[str] | Mapping[str,
     Nothing is loaded unless everything fits. Raises ValueError naming the tensor, its shape and dtype, and what is
     accepted; KeyError for missing or, when strict, unexpected names.
     """
-    if not isinstance(source, Mapping):
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+    else:
         from safetensors.torch import load_file
 
-        source = load_file(source)
+        tensors = load_file(source)
     own = model.state_dict()
-    for name, tensor in source.items():
+    for name, tensor in tensors.items():
         if name in own and tensor.shape != own[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(own[name].shape)}")
-        if name in own and torch.float8_e4m3fn in (tensor.dtype, own[name].dtype) and tensor.dtype != own[name].dtype:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(own[name].shape)}"
+            )
+        if (
+            name in own
+            and torch.float8_e4m3fn in (tensor.dtype, own[name].dtype)
+            and tensor.dtype != own[name].dtype
+        ):
             raise ValueError(f"{name} is {tensor.dtype}; accepted: {own[name].dtype}")
-    missing, unexpected = sorted(own.keys() - source.keys()), sorted(source.keys() - own.keys())
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if strict and (missing or unexpected):
-        raise KeyError(f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}")
-    model.load_state_dict(dict(source), strict=strict)
+        raise KeyError(
+            f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    model.load_state_dict(tensors, strict=strict)
     return model
 
 

@@ -66,8 +66,15 @@ class Report:
         totals: dict[str, tuple[sympy.Expr, int | None]] = {}
         for site in self.sites:
             expression, here = totals.get(site.fusion, (sympy.Integer(0), 0))
-            known = None if here is None or site.bytes_saved_here is None else here + site.bytes_saved_here
-            totals[site.fusion] = (sympy.expand(expression + sympy.sympify(site.bytes_saved)), known)
+            known = (
+                None
+                if here is None or site.bytes_saved_here is None
+                else here + site.bytes_saved_here
+            )
+            totals[site.fusion] = (
+                sympy.expand(expression + sympy.sympify(site.bytes_saved)),
+                known,
+            )
         return totals
 
     def to_json(self) -> str:
@@ -77,7 +84,10 @@ class Report:
     def from_json(cls, text: str) -> Report:
         data = json.loads(text)
         data.pop("matches", None)
-        data["sites"] = [Site(**{**site, "implementations": tuple(site["implementations"])}) for site in data["sites"]]
+        data["sites"] = [
+            Site(**{**site, "implementations": tuple(site["implementations"])})
+            for site in data["sites"]
+        ]
         data["near_misses"] = [NearMiss(**miss) for miss in data["near_misses"]]
         data["states"] = {name: (bool(on), why) for name, (on, why) in data["states"].items()}
         return cls(**data)
@@ -97,7 +107,10 @@ class Report:
         from rich.table import Table
 
         cached = ", from the cache" if self.from_cache else ""
-        table = Table(title=f"{self.graph or 'graph'} on {self.device or '?'}: {self.nodes_before} -> {self.nodes_after} nodes{cached}")
+        table = Table(
+            title=f"{self.graph or 'graph'} on {self.device or '?'}: "
+            f"{self.nodes_before} -> {self.nodes_after} nodes{cached}"
+        )
         for column in ("fusion", "fired", "bytes saved", "at the sizes seen", "state"):
             table.add_column(column, overflow="fold")
         saved = self.bytes_saved
@@ -153,7 +166,9 @@ def report() -> Report:
     """The report of the latest compilation. Raises LookupError when nothing was compiled yet."""
     with _lock:
         if not _reports:
-            raise LookupError("no graph was compiled with fusion_passes yet: call the compiled model first")
+            raise LookupError(
+                "no graph was compiled with fusion_passes yet: call the compiled model first"
+            )
         return _reports[-1]
 
 

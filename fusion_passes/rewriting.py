@@ -71,7 +71,9 @@ class Rewrite:
             raise NotRewritten(str(unknown)) from None
         chain = [node for node, *_ in self.match.captured[name]]
         over_tokens = spec.shape[0] == "num_tokens" and len(spec.shape) > 1
-        fitting = [n for n in chain if n.meta["val"].dim() and index_map.same_size(shape_of(n)[-1], last)]
+        fitting = [
+            n for n in chain if n.meta["val"].dim() and index_map.same_size(shape_of(n)[-1], last)
+        ]
         if len(spec.shape) == 1:
             fitting = [n for n in fitting if n.meta["val"].dim() == 1]
         elif not over_tokens:
@@ -81,7 +83,11 @@ class Rewrite:
         if fitting:
             chosen = fitting[0]
         else:
-            lead = self._lead if over_tokens and self._lead is not None else _split_lead(shape_of(chain[0]), last)
+            lead = (
+                self._lead
+                if over_tokens and self._lead is not None
+                else _split_lead(shape_of(chain[0]), last)
+            )
             chosen = self.view(chain[0], (*lead, last))
         if over_tokens:
             self._lead = shape_of(chosen)[:-1]
@@ -99,7 +105,9 @@ class Rewrite:
                 + "; ".join(f"{other}: {why}" for other, why in choice.rejected.items())
                 + "); FUSION_PASSES_ALLOW_REFERENCE=1 would use the reference"
             )
-        at_run_time = any(isinstance(arg, fx.Node) and arg in self.match.scalars.values() for arg in args)
+        at_run_time = any(
+            isinstance(arg, fx.Node) and arg in self.match.scalars.values() for arg in args
+        )
         overload = op.tensor_eps if at_run_time else op.overload
         assert overload is not None
         node = self._emit(overload, args, kwargs)
@@ -114,7 +122,10 @@ class Rewrite:
         if _same_shape(shape_of(node), shape):
             return node
         symbolic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
-        sizes = [-1 if [i] == symbolic else self._size_argument(node, size) for i, size in enumerate(shape)]
+        sizes = [
+            -1 if [i] == symbolic else self._size_argument(node, size)
+            for i, size in enumerate(shape)
+        ]
         return self._emit(aten.view.default, (node, sizes), {})
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -129,9 +140,13 @@ class Rewrite:
         for result, output in zip(results, self.match.outputs, strict=True):
             expected, got = output.meta["val"], result.meta["val"]
             if got.dtype != expected.dtype or got.device != expected.device:
-                raise NotRewritten(f"the replacement of {output.name} is {got.dtype} on {got.device}, not {expected.dtype}")
+                raise NotRewritten(
+                    f"the replacement of {output.name} is {got.dtype} on {got.device}, not {expected.dtype}"
+                )
             if _is_contiguous(got) and not _is_contiguous(expected):
-                raise NotRewritten(f"{output.name} is transposed in memory; a contiguous one would be copied later")
+                raise NotRewritten(
+                    f"{output.name} is transposed in memory; a contiguous one would be copied later"
+                )
             finished.append(self.view(result, shape_of(output)))
         return finished
 
@@ -148,7 +163,11 @@ class Rewrite:
     def _size_argument(self, node: fx.Node, size: Size) -> int | fx.Node:
         if isinstance(size, int):
             return size
-        for source in (node, *(base for chain in self.match.captured.values() for base, *_ in chain), *self.match.outputs[1:]):
+        for source in (
+            node,
+            *(base for chain in self.match.captured.values() for base, *_ in chain),
+            *self.match.outputs[1:],
+        ):
             for dim, found in enumerate(shape_of(source)):
                 if index_map.same_size(found, size):
                     return self._emit(aten.sym_size.int, (source, dim), {})
@@ -203,5 +222,7 @@ def _split_lead(shape: Sequence[Size], last: Size) -> tuple[Size, ...]:
             return tuple(shape[:split])
     lead = index_map.divide(index_map.product(shape), last)
     if lead is None:
-        raise NotRewritten(f"a tensor of shape {tuple(shape)} cannot be viewed with a last dimension of {last}")
+        raise NotRewritten(
+            f"a tensor of shape {tuple(shape)} cannot be viewed with a last dimension of {last}"
+        )
     return (lead,)

@@ -16,8 +16,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
-    "CustomGraphPass",
     "SUPPORTED",
+    "CustomGraphPass",
     "capture",
     "compile_id",
     "compile_with_inductor",
@@ -59,7 +59,9 @@ def _quiet_tracing() -> Iterator[None]:
         yield
 
 
-def trace_pattern(fn: Callable[..., Any], shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> fx.Graph:
+def trace_pattern(
+    fn: Callable[..., Any], shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> fx.Graph:
     """Trace ``fn`` over fake CPU tensors with the decompositions that Inductor applies to a user's graph."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -87,7 +89,11 @@ def size_hint(expr: Any, graph: fx.Graph) -> int | None:
     shape_env = fake_mode_of(graph).shape_env
     if shape_env is None:
         return None
-    values = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    values = (
+        shape_env.backed_var_to_val
+        if hasattr(shape_env, "backed_var_to_val")
+        else shape_env.var_to_val
+    )
     value = expr.xreplace(dict(values))
     return int(value) if value.is_number else None
 
@@ -109,11 +115,15 @@ def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict
     return dict(list_mode_options(mode, dynamic))
 
 
-def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]
+) -> Any:
     """Compile as ``backend="inductor"`` does, validating option names and types in the same way."""
     from torch import _TorchCompileInductorWrapper
 
-    return _TorchCompileInductorWrapper(mode=None, options=options, dynamic=None)(gm, example_inputs)
+    return _TorchCompileInductorWrapper(mode=None, options=options, dynamic=None)(
+        gm, example_inputs
+    )
 
 
 def inductor_default(option: str) -> Any:
@@ -147,7 +157,9 @@ def zeros_of(fake: Any) -> Any:
     return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
 
 
-def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> list[fx.GraphModule]:
+def capture(
+    fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any
+) -> list[fx.GraphModule]:
     """The inference graphs of a call as Inductor's first pass would see them; they run eagerly.
 
     The graphs are flat: ``gm(*inputs)`` takes the inputs kept as ``gm.meta["inputs"]`` and returns a tuple.
@@ -161,12 +173,16 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **k
         graphs.append(gm)
 
         def run(*inputs: Any) -> Any:
-            gm.meta.setdefault("inputs", [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs])
+            gm.meta.setdefault(
+                "inputs", [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs]
+            )
             return gm(*inputs)
 
         return run
 
-    backend = aot_autograd(fw_compiler=keep, inference_compiler=keep, decompositions=select_decomp_table)
+    backend = aot_autograd(
+        fw_compiler=keep, inference_compiler=keep, decompositions=select_decomp_table
+    )
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **kwargs)

@@ -34,17 +34,23 @@ def check(match: Match, replacements: Sequence[fx.Node]) -> None:
     inputs = list(dict.fromkeys(_free_inputs(match, replacements)))
     values = {node: _random(node, match.graph) for node in inputs}
     if any(value is None for value in values.values()):
-        raise Differs("an input has a size that is not known while compiling, so nothing could be run")
+        raise Differs(
+            "an input has a size that is not known while compiling, so nothing could be run"
+        )
     before = _run(match.outputs, dict(values))
     after = _run(replacements, dict(values))
-    accumulated = any(operation.kind == "opaque" for operation in map(describe, match.nodes) if operation)
+    accumulated = any(
+        operation.kind == "opaque" for operation in map(describe, match.nodes) if operation
+    )
     for output, old, new in zip(match.outputs, before, after, strict=True):
         problem = difference(old, new, accumulated)
         if problem:
             raise Differs(f"{output.name}: {problem}")
 
 
-def difference(expected: torch.Tensor, actual: torch.Tensor, accumulated: bool = False) -> str | None:
+def difference(
+    expected: torch.Tensor, actual: torch.Tensor, accumulated: bool = False
+) -> str | None:
     """A sentence on how ``actual`` is not what the semantics allow, or None.
 
     accumulated: whether the values are sums of a matrix product, whose operands eager rounds and a kernel does not.
@@ -62,14 +68,17 @@ def difference(expected: torch.Tensor, actual: torch.Tensor, accumulated: bool =
     a, b = a[finite], b[finite]
     moved = a != b
     share = float(moved.double().mean()) if a.numel() else 0.0
-    step = {torch.float8_e4m3fn: 2.0**-3, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(expected.dtype, 2.0**-7)
+    step = {torch.float8_e4m3fn: 2.0**-3, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(
+        expected.dtype, 2.0**-7
+    )
     tiny = {torch.float8_e4m3fn: 2.0**-9, torch.float16: 2.0**-24}.get(expected.dtype, 0.0)
     within = (a - b).abs() <= torch.maximum(a.abs(), b.abs()) * step + tiny
     if bool(within.all()) and share * a.numel() <= max(FLIPPED * a.numel(), 4):
         return None
     if accumulated and float((a - b).norm()) <= ACCUMULATED * float(a.norm()):
         return None
-    return f"{share:.2%} of the values differ, {int((~within).sum())} by more than one step, largest {float((a - b).abs().max()):.4g}"
+    far, largest = int((~within).sum()), float((a - b).abs().max())
+    return f"{share:.2%} of the values differ, {far} by more than one step, the largest difference is {largest:.4g}"
 
 
 def _free_inputs(match: Match, replacements: Sequence[fx.Node]) -> list[fx.Node]:
@@ -97,7 +106,9 @@ def _random(node: fx.Node, graph: fx.Graph) -> object:
         return torch_internals.size_hint(torch_internals.size_to_expr(fake), graph)
     if not isinstance(fake, torch.Tensor):
         return None
-    shape = [torch_internals.size_hint(torch_internals.size_to_expr(size), graph) for size in fake.shape]
+    shape = [
+        torch_internals.size_hint(torch_internals.size_to_expr(size), graph) for size in fake.shape
+    ]
     if any(size is None for size in shape):
         return None
     # one generator per node, so that a failure is the same in each run
@@ -116,7 +127,7 @@ def _run(outputs: Sequence[fx.Node], values: dict[fx.Node, object]) -> list[torc
             for source in node.all_input_nodes:
                 evaluate(source)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
         return values[node]
 
     with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from custom_ops import library
 from custom_ops.activation import reference
+from custom_ops.implementation import cuda, triton
 from custom_ops.quantization.ops import check_activation, check_like, check_quant, empty_quant
 from custom_ops.scales import DEFAULT_MIN_AMAX
 
@@ -77,8 +78,8 @@ library.define(
     empty=_empty,
     reference=reference.silu_mul,
     implementations=(
-        library.cuda("silu_mul"),
-        library.triton("custom_ops.activation.triton_kernels:silu_mul"),
+        cuda("silu_mul"),
+        triton("custom_ops.activation.triton_kernels:silu_mul"),
     ),
 )
 library.define(
@@ -89,7 +90,7 @@ library.define(
     empty=_empty_quant,
     reference=reference.silu_mul_group_quant,
     implementations=(
-        library.cuda("silu_mul_group_quant"),
-        library.triton("custom_ops.activation.triton_kernels:silu_mul_group_quant"),
+        cuda("silu_mul_group_quant"),
+        triton("custom_ops.activation.triton_kernels:silu_mul_group_quant"),
     ),
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from custom_ops import library
 from custom_ops.gemm import deep_gemm, reference
 from custom_ops.gemm.reference import BLOCK
+from custom_ops.implementation import Implementation, triton
 from custom_ops.quantization.ops import check_device
 from custom_ops.scales import known
 
@@ -48,15 +49,17 @@ def _check(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out_dtype: torch.dtype
 ) -> None:
     op = "block_scaled_mm"
+    device = a.device
     for name, tensor, dtype in (
         ("a", a, torch.float8_e4m3fn),
         ("a_scale", a_scale, torch.float32),
         ("b", b, torch.float8_e4m3fn),
         ("b_scale", b_scale, torch.float32),
     ):
-        if tensor.dtype != dtype:
+        if tensor.dtype is not dtype:
             raise ValueError(f"{op}: {name}.dtype is {tensor.dtype}; accepted: {dtype}")
-        check_device(op, name, tensor, "a", a)
+        if tensor.device != device:
+            check_device(op, name, tensor, "a", a)
     if out_dtype not in OUT_DTYPES:
         accepted = ", ".join(map(str, OUT_DTYPES))
         raise ValueError(f"{op}: out_dtype is {out_dtype}; accepted: {accepted}")
@@ -72,7 +75,10 @@ def _check(
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     sizes = tensor.shape
-    if len(sizes) != len(shape) or any(known(h != w) for h, w in zip(sizes, shape, strict=True)):
+    same = len(sizes) == len(shape)
+    for have, want in zip(sizes, shape, strict=False):
+        same = same and not known(have != want)
+    if not same:
         raise ValueError(
             f"block_scaled_mm: {name}.shape is {tuple(sizes)}; accepted: {shape} (a is [..., K], "
             "a_scale [..., ceil(K / 128)], b [N, K], b_scale [ceil(N / 128), ceil(K / 128)])"
@@ -103,12 +109,12 @@ OP = library.define(
     empty=_empty,
     reference=reference.block_scaled_mm,
     implementations=(
-        library.Implementation(
+        Implementation(
             "deep_gemm",
             lambda: deep_gemm.block_scaled_mm,
             deep_gemm.unavailable,
             deep_gemm.unsupported,
         ),
-        library.triton("custom_ops.gemm.triton_kernels:block_scaled_mm"),
+        triton("custom_ops.gemm.triton_kernels:block_scaled_mm"),
     ),
 )

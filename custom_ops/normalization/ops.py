@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops.implementation import cuda, triton
 from custom_ops.library import require
 from custom_ops.normalization import reference
 from custom_ops.quantization.ops import (
@@ -231,7 +232,7 @@ library.define(
     check=_check_rms_norm,
     empty=_empty_rms_norm,
     reference=reference.rms_norm,
-    implementations=(library.cuda("rms_norm"), library.triton(_KERNELS + "rms_norm")),
+    implementations=(cuda("rms_norm"), triton(_KERNELS + "rms_norm")),
 )
 library.define(
     add_rms_norm,
@@ -240,7 +241,7 @@ library.define(
     check=_check_add_rms_norm,
     empty=_empty_add_rms_norm,
     reference=reference.add_rms_norm,
-    implementations=(library.cuda("add_rms_norm"), library.triton(_KERNELS + "add_rms_norm")),
+    implementations=(cuda("add_rms_norm"), triton(_KERNELS + "add_rms_norm")),
 )
 library.define(
     rms_norm_group_quant,
@@ -250,8 +251,8 @@ library.define(
     empty=_empty_rms_norm_group_quant,
     reference=reference.rms_norm_group_quant,
     implementations=(
-        library.cuda("rms_norm_group_quant"),
-        library.triton(_KERNELS + "rms_norm_group_quant"),
+        cuda("rms_norm_group_quant"),
+        triton(_KERNELS + "rms_norm_group_quant"),
     ),
 )
 library.define(
@@ -262,7 +263,7 @@ library.define(
     empty=_empty_add_rms_norm_group_quant,
     reference=reference.add_rms_norm_group_quant,
     implementations=(
-        library.cuda("add_rms_norm_group_quant"),
-        library.triton(_KERNELS + "add_rms_norm_group_quant"),
+        cuda("add_rms_norm_group_quant"),
+        triton(_KERNELS + "add_rms_norm_group_quant"),
     ),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
+from custom_ops.implementation import cuda, triton
 from custom_ops.library import require
 from custom_ops.quantization import reference
 from custom_ops.scales import (
@@ -130,7 +131,7 @@ library.define(
     empty=_empty,
     reference=reference.group_quant,
     implementations=(
-        library.cuda("group_quant"),
-        library.triton("custom_ops.quantization.triton_kernels:group_quant"),
+        cuda("group_quant"),
+        triton("custom_ops.quantization.triton_kernels:group_quant"),
     ),
 )

@@ -38,8 +38,16 @@ def _is_pure(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         impure = target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
         # an allocation without contents may be written to later; a symbolic item() makes a new symbol each time
-        return not impure and target.namespace in ("aten", "prims", "custom_ops") and not _makes_something_new(target)
-    return node.op == "get_attr" or getattr(target, "__module__", "") in ("_operator", "operator", "math")
+        return (
+            not impure
+            and target.namespace in ("aten", "prims", "custom_ops")
+            and not _makes_something_new(target)
+        )
+    return node.op == "get_attr" or getattr(target, "__module__", "") in (
+        "_operator",
+        "operator",
+        "math",
+    )
 
 
 def _makes_something_new(target: torch._ops.OpOverload) -> bool:
@@ -49,7 +57,9 @@ def _makes_something_new(target: torch._ops.OpOverload) -> bool:
 
 def _is_returned(node: fx.Node) -> bool:
     # two results of a graph must stay two tensors: the caller may write into one of them
-    return any(user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users)
+    return any(
+        user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users
+    )
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -63,5 +73,3 @@ def _freeze(value: Any) -> Any:
         return tuple(sorted((key, _freeze(item)) for key, item in value.items()))
     # 1, 1.0 and True are equal to Python but not to an operator; neither are 0.0 and -0.0
     return (type(value).__name__, repr(value)) if isinstance(value, (bool, int, float)) else value
-
-

@@ -23,7 +23,9 @@ from fusion_passes.rewriting import Rewrite
 FP8_MAX = 448.0
 
 
-def _meaning(kind: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _meaning(
+    kind: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def mark(fn: Callable[..., Any]) -> Callable[..., Any]:
         fn.meaning_kind, fn.fake = kind, fake  # type: ignore[attr-defined]
         return fn
@@ -31,14 +33,19 @@ def _meaning(kind: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     return mark
 
 
-@_meaning("rowwise", lambda x, weight, eps, weight_mode: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+@_meaning(
+    "rowwise",
+    lambda x, weight, eps, weight_mode: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
 def rms_norm(x: T, weight: T, eps: float | T, weight_mode: str) -> T:
     return custom_ops.ops()["rms_norm"].reference(x, weight, float(eps), weight_mode=weight_mode)
 
 
 def _fake_group_quant(x: T, group_size: int, min_amax: float) -> tuple[T, T]:
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return q, torch.empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=torch.float32, device=x.device)
+    return q, torch.empty(
+        (*x.shape[:-1], x.shape[-1] // group_size), dtype=torch.float32, device=x.device
+    )
 
 
 @_meaning("rowwise", _fake_group_quant)
@@ -47,7 +54,9 @@ def group_quant(x: T, group_size: int, min_amax: float) -> tuple[T, T]:
     return reference(x, group_size, scale_layout="row_major", min_amax=float(min_amax))
 
 
-@_meaning("pointwise", lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))
+@_meaning(
+    "pointwise", lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+)
 def silu_mul(gate: T, up: T) -> T:
     return custom_ops.ops()["silu_mul"].reference(gate, up)
 
@@ -57,23 +66,44 @@ def _norm(x: T, eps: float) -> T:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def _norm_pattern(name: str, mode: str, fn: Callable[[T, T, float], T], weight_dtype: torch.dtype | None = None) -> Pattern:
-    inputs = {"x": Tensor("num_tokens", "hidden_size"), "weight": Tensor("hidden_size", dtype=weight_dtype), "eps": Scalar()}
+def _norm_pattern(
+    name: str, mode: str, fn: Callable[[T, T, float], T], weight_dtype: torch.dtype | None = None
+) -> Pattern:
+    inputs: dict[str, Any] = {
+        "x": Tensor("num_tokens", "hidden_size"),
+        "weight": Tensor("hidden_size", dtype=weight_dtype),
+        "eps": Scalar(),
+    }
     return Pattern(fn, inputs, {"weight_mode": mode}, name)
 
 
-_F32 = torch.float32
+def _rounded(x: T, weight: T, eps: float) -> T:
+    return weight * _norm(x, eps).to(x.dtype)
+
+
+def _promoted(x: T, weight: T, eps: float) -> T:
+    return (_norm(x, eps) * weight).to(x.dtype)
+
+
+def _cast(x: T, weight: T, eps: float) -> T:
+    return (_norm(x, eps) * weight.float()).to(x.dtype)
+
+
+def _plus_one(x: T, weight: T, eps: float) -> T:
+    return (_norm(x, eps) * (1.0 + weight.float())).to(x.dtype)
+
+
 NORMS = (
     # Llama, Qwen, Mistral: the normalized value is rounded, then multiplied in the activation dtype
-    _norm_pattern("rounded", "rounded", lambda x, weight, eps: weight * _norm(x, eps).to(x.dtype)),
+    _norm_pattern("rounded", "rounded", _rounded),
     # torch.nn.RMSNorm, OLMo2: a 16-bit weight, promoted in a float32 product
-    _norm_pattern("float32", "float32", lambda x, weight, eps: (_norm(x, eps) * weight).to(x.dtype)),
-    _norm_pattern("float32, cast weight", "float32", lambda x, weight, eps: (_norm(x, eps) * weight.float()).to(x.dtype)),
-    _norm_pattern("float32 weight", "float32", lambda x, weight, eps: (_norm(x, eps) * weight).to(x.dtype), _F32),
+    _norm_pattern("float32", "float32", _promoted),
+    _norm_pattern("float32, cast weight", "float32", _cast),
+    _norm_pattern("float32 weight", "float32", _promoted, torch.float32),
     # Gemma: one plus the weight, in float32
-    _norm_pattern("gemma", "float32_plus_one", lambda x, weight, eps: (_norm(x, eps) * (1.0 + weight.float())).to(x.dtype)),
-    _norm_pattern("gemma, float32 weight", "float32_plus_one", lambda x, weight, eps: (_norm(x, eps) * (1.0 + weight)).to(x.dtype), _F32),
-)  # fmt: skip
+    _norm_pattern("gemma", "float32_plus_one", _plus_one),
+    _norm_pattern("gemma, float32 weight", "float32_plus_one", _plus_one, torch.float32),
+)
 
 
 def _quant_pattern(clamp_amax: bool, clamp_codes: bool, amax_first: bool) -> Pattern:
@@ -90,29 +120,60 @@ def _quant_pattern(clamp_amax: bool, clamp_codes: bool, amax_first: bool) -> Pat
         codes = codes.clamp(-FP8_MAX, FP8_MAX) if clamp_codes else codes
         return codes.to(torch.float8_e4m3fn), scale
 
-    inputs: dict[str, Any] = {"x": Tensor("num_tokens", "num_groups * group_size"), "group_size": SizeOf("group_size")}
+    inputs: dict[str, Any] = {
+        "x": Tensor("num_tokens", "num_groups * group_size"),
+        "group_size": SizeOf("group_size"),
+    }
     if clamp_amax:
         inputs["min_amax"] = Scalar()
-    words = [word for word, on in (("clamped amax", clamp_amax), ("clamped codes", clamp_codes), ("16-bit amax", amax_first)) if on]
+    words = [
+        word
+        for word, on in (
+            ("clamped amax", clamp_amax),
+            ("clamped codes", clamp_codes),
+            ("16-bit amax", amax_first),
+        )
+        if on
+    ]
     return Pattern(spelling, inputs, {}, ", ".join(words) or "plain")
 
 
 def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
-    return (m.emit(rms_norm, m.tensor("x"), m.tensor("weight"), m.match.scalars["eps"], m.constants["weight_mode"]),)
+    return (
+        m.emit(
+            rms_norm,
+            m.tensor("x"),
+            m.tensor("weight"),
+            m.match.scalars["eps"],
+            m.constants["weight_mode"],
+        ),
+    )
 
 
 def _rewrite_quant(m: Rewrite) -> tuple[Any, ...]:
-    node = m.emit(group_quant, m.tensor("x"), m.size("group_size"), m.match.scalars.get("min_amax", 0.0))
+    node = m.emit(
+        group_quant, m.tensor("x"), m.size("group_size"), m.match.scalars.get("min_amax", 0.0)
+    )
     return m.outputs_of(node, 2)
 
 
+_GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}
+_QUANT_FLAGS = itertools.product((True, False), (True, False), (False, True))
+
 MEANINGS = (
-    Fusion("rms_norm", "RMSNorm", 0, patterns=NORMS, rewrite=_rewrite_norm, signature="aten.rsqrt.default"),
+    Fusion(
+        "rms_norm",
+        "RMSNorm",
+        0,
+        patterns=NORMS,
+        rewrite=_rewrite_norm,
+        signature="aten.rsqrt.default",
+    ),
     Fusion(
         "silu_mul",
         "SiLU of the gate, times the up projection",
         0,
-        patterns=(Pattern(lambda gate, up: F.silu(gate) * up, {n: Tensor("num_tokens", "intermediate_size") for n in ("gate", "up")}, name="silu_mul"),),
+        patterns=(Pattern(lambda gate, up: F.silu(gate) * up, _GATED, name="silu_mul"),),
         rewrite=lambda m: (m.emit(silu_mul, m.tensor("gate"), m.tensor("up")),),
         signature="aten.exp.default",
     ),
@@ -120,8 +181,8 @@ MEANINGS = (
         "group_quant",
         "Dynamic quantization to float8 per token and group",
         0,
-        patterns=tuple(_quant_pattern(*flags) for flags in itertools.product((True, False), (True, False), (False, True))),
+        patterns=tuple(_quant_pattern(*flags) for flags in _QUANT_FLAGS),
         rewrite=_rewrite_quant,
         signature="cast",
     ),
-)  # fmt: skip
+)

@@ -40,24 +40,35 @@ class Recognized:
             return
         values = dict(zip(self.inputs, self.node.all_input_nodes, strict=True))
         with graph.inserting_before(self.node):
-            for node in self.spelling.nodes:  # what is not in it is a size that is an input of the graph
+            for (
+                node
+            ) in self.spelling.nodes:  # what is not in it is a size that is an input of the graph
                 if node.op == "call_function":
                     values[node] = graph.node_copy(node, lambda n: values.get(n, n))
-        originals = [values[node] for node in self.spelling.output_node().args[0]]  # type: ignore[union-attr,index]
+        originals = [values[node] for node in self.spelling.output_node().args[0]]
         for index, (result, original) in enumerate(zip(self.results, originals, strict=True)):
             result.replace_all_uses_with(original)
             # a fusion may have read the value before it was brought to the shape of the user's graph
             raw = self.node if is_tensor(self.node) else _element(self.node, index)
             if raw is not None and raw is not result and set(raw.users) - {result}:
-                raw.replace_all_uses_with(self._reshaped(graph, original, raw), lambda user, result=result: user is not result)
+                raw.replace_all_uses_with(
+                    self._reshaped(graph, original, raw),
+                    lambda user, result=result: user is not result,
+                )
 
     def _reshaped(self, graph: fx.Graph, original: fx.Node, raw: fx.Node) -> fx.Node:
         source = self.node.args[0]
         assert isinstance(source, fx.Node)
         shape: list[int | fx.Node] = []
         with graph.inserting_before(self.node):
-            for dim, size in enumerate(shape_of(raw)):  # its leading dimensions are those of the meaning's input
-                shape.append(size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (source, dim)))
+            for dim, size in enumerate(
+                shape_of(raw)
+            ):  # its leading dimensions are those of the meaning's input
+                shape.append(
+                    size
+                    if isinstance(size, int)
+                    else graph.call_function(aten.sym_size.int, (source, dim))
+                )
                 if isinstance(node := shape[-1], fx.Node):
                     node.meta["val"] = source.meta["val"].shape[dim]
             view = graph.call_function(aten.view.default, (original, shape))
@@ -65,7 +76,9 @@ class Recognized:
         return view
 
 
-def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | None = None) -> list[Recognized]:
+def recognize(
+    graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | None = None
+) -> list[Recognized]:
     """Put one node in the graph for each meaning. ``check`` may raise, which ends the whole recognition."""
     found = []
     for meaning in MEANINGS:
@@ -78,12 +91,17 @@ def recognize(graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | N
             assert meaning.rewrite is not None
             try:
                 emitted = meaning.rewrite(rewrite)
-                results = [rewrite.view(r, shape_of(o)) for r, o in zip(emitted, match.outputs, strict=True)]
+                results = [
+                    rewrite.view(r, shape_of(o))
+                    for r, o in zip(emitted, match.outputs, strict=True)
+                ]
             except NotRewritten:
                 rewrite.abandon()
                 continue
             for result, output in zip(results, match.outputs, strict=True):
-                result.meta["val"] = output.meta["val"]  # the strides that the rest of the graph counts on
+                result.meta["val"] = output.meta[
+                    "val"
+                ]  # the strides that the rest of the graph counts on
             node = next(n for n in rewrite.emitted if hasattr(n.target, "meaning_kind"))
             spelling = _copy_region(match.outputs, node.all_input_nodes)
             if spelling is None:
@@ -105,10 +123,15 @@ def restore(graph: fx.Graph, recognized: list[Recognized]) -> None:
 
 
 def _element(node: fx.Node, index: int) -> fx.Node | None:
-    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
+    return next(
+        (user for user in node.users if user.target is operator.getitem and user.args[1] == index),
+        None,
+    )
 
 
-def _copy_region(outputs: list[fx.Node], inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]] | None:
+def _copy_region(
+    outputs: list[fx.Node], inputs: list[fx.Node]
+) -> tuple[fx.Graph, list[fx.Node]] | None:
     """The nodes between ``inputs`` and ``outputs`` as a graph of its own; None if they depend on anything else."""
     region: set[fx.Node] = set()
     stack = list(outputs)

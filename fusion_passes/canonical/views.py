@@ -16,7 +16,13 @@ from fusion_passes import index_map
 from fusion_passes.operations import shape_of
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+}
 
 
 def remove_needless(graph: fx.Graph) -> int:
@@ -31,7 +37,10 @@ def remove_needless(graph: fx.Graph) -> int:
         if _equal_shapes(source, node) and not any(user.op == "output" for user in node.users):
             node.replace_all_uses_with(source)
             removed += 1
-        elif source is not node.args[0] and node.target in (aten.view.default, aten.reshape.default):
+        elif source is not node.args[0] and node.target in (
+            aten.view.default,
+            aten.reshape.default,
+        ):
             node.replace_input_with(node.args[0], source)
             removed += 1
     return removed
@@ -47,4 +56,6 @@ def _is_view(node: fx.Node) -> bool:
 
 def _equal_shapes(a: fx.Node, b: fx.Node) -> bool:
     first, second = shape_of(a), shape_of(b)
-    return len(first) == len(second) and all(index_map.same_size(x, y) for x, y in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        index_map.same_size(x, y) for x, y in zip(first, second, strict=True)
+    )

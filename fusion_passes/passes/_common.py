@@ -23,11 +23,17 @@ GROUP: dict[str, Any] = {"group_size": SizeOf("group_size"), "min_amax": Scalar(
 
 SUPPORTED_GROUPS = Constraint(
     holds=lambda match: match.sizes["group_size"] in GROUP_SIZES,
-    reason=lambda match: f"groups of {match.sizes['group_size']}; supported: {', '.join(map(str, GROUP_SIZES))}",
+    reason=lambda match: (
+        f"groups of {match.sizes['group_size']}; supported: {', '.join(map(str, GROUP_SIZES))}"
+    ),
 )
 FINITE_MIN_AMAX = Constraint(
-    holds=lambda match: isinstance(match.scalars["min_amax"], (int, float)) and match.scalars["min_amax"] >= 0,
-    reason=lambda match: f"the lower bound of a group's largest magnitude is {match.scalars['min_amax']}, not a number >= 0",
+    holds=lambda match: (
+        isinstance(match.scalars["min_amax"], (int, float)) and match.scalars["min_amax"] >= 0
+    ),
+    reason=lambda match: (
+        f"the lower bound of a group's largest magnitude is {match.scalars['min_amax']}, not a number >= 0"
+    ),
 )
 
 
@@ -45,7 +51,9 @@ def quant_arguments(m: Rewrite) -> dict[str, Any]:
     return {"scale_layout": scale_layout(m.match), "min_amax": m.scalar("min_amax")}
 
 
-def quantized(x: torch.Tensor, group_size: int, min_amax: float) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(
+    x: torch.Tensor, group_size: int, min_amax: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Group quantization in plain PyTorch, as a pattern spells it."""
     groups = x.float().unflatten(-1, (-1, group_size))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=min_amax) / meanings.FP8_MAX
@@ -54,7 +62,10 @@ def quantized(x: torch.Tensor, group_size: int, min_amax: float) -> tuple[torch.
 
 
 def norm_patterns(
-    name: str, fn: Callable[..., Any], tensors: Mapping[str, Tensor], rest: Mapping[str, Any] | None = None
+    name: str,
+    fn: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, Any] | None = None,
 ) -> tuple[Pattern, ...]:
     """One pattern for each meaning of a norm: its roundings, and the dtype of its weight.
 
@@ -66,5 +77,8 @@ def norm_patterns(
         mode, dtype = spelling.constants["weight_mode"], spelling.inputs["weight"].dtype  # type: ignore[union-attr]
         inputs = {**tensors, "weight": Tensor(last, dtype=dtype), "eps": Scalar(), **(rest or {})}
         label = f"{name}, {mode}" + (", float32 weight" if dtype else "")
-        seen.setdefault((mode, dtype), Pattern(functools.partial(fn, norm=spelling.fn), inputs, spelling.constants, label))
+        seen.setdefault(
+            (mode, dtype),
+            Pattern(functools.partial(fn, norm=spelling.fn), inputs, spelling.constants, label),
+        )
     return tuple(seen.values())

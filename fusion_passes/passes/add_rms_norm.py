@@ -24,7 +24,9 @@ def _meaning(x: T, residual: T, weight: T, eps: float, norm: Callable[..., T]) -
 def _rewrite(m: Rewrite) -> tuple[object, ...]:
     x, residual, weight = (m.tensor(name) for name in ("x", "residual", "weight"))
     mode = m.constants["weight_mode"]
-    return m.outputs_of(m.call("add_rms_norm", x, residual, weight, m.scalar("eps"), weight_mode=mode), 2)
+    return m.outputs_of(
+        m.call("add_rms_norm", x, residual, weight, m.scalar("eps"), weight_mode=mode), 2
+    )
 
 
 FUSION = Fusion(
@@ -32,7 +34,9 @@ FUSION = Fusion(
     summary="residual add and RMSNorm",
     stage=3,
     priority=-1,
-    patterns=_common.norm_patterns("add_rms_norm", _meaning, {"x": _common.HIDDEN, "residual": _common.HIDDEN}),
+    patterns=_common.norm_patterns(
+        "add_rms_norm", _meaning, {"x": _common.HIDDEN, "residual": _common.HIDDEN}
+    ),
     rewrite=_rewrite,
     bytes_before="8*num_tokens*hidden_size",
     bytes_after="8*num_tokens*hidden_size",

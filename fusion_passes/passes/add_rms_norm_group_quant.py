@@ -17,7 +17,13 @@ from fusion_passes.rewriting import Rewrite
 
 
 def _meaning(
-    x: T, residual: T, weight: T, eps: float, group_size: int, min_amax: float, norm: Callable[..., T]
+    x: T,
+    residual: T,
+    weight: T,
+    eps: float,
+    group_size: int,
+    min_amax: float,
+    norm: Callable[..., T],
 ) -> tuple[T, T, T]:
     total = x + residual
     return *_common.quantized(norm(total, weight, eps), group_size, min_amax), total
@@ -27,7 +33,14 @@ def _rewrite(m: Rewrite) -> tuple[object, ...]:
     tensors = tuple(m.tensor(name) for name in ("x", "residual", "weight"))
     quantization = _common.quant_arguments(m)
     mode = m.constants["weight_mode"]
-    node = m.call("add_rms_norm_group_quant", *tensors, m.scalar("eps"), m.size("group_size"), weight_mode=mode, **quantization)
+    node = m.call(
+        "add_rms_norm_group_quant",
+        *tensors,
+        m.scalar("eps"),
+        m.size("group_size"),
+        weight_mode=mode,
+        **quantization,
+    )
     return m.outputs_of(node, 3)
 
 
@@ -37,7 +50,10 @@ FUSION = Fusion(
     stage=3,
     priority=3,
     patterns=_common.norm_patterns(
-        "add_rms_norm_group_quant", _meaning, {"x": _common.QUANTIZED, "residual": _common.QUANTIZED}, _common.GROUP
+        "add_rms_norm_group_quant",
+        _meaning,
+        {"x": _common.QUANTIZED, "residual": _common.QUANTIZED},
+        _common.GROUP,
     ),
     rewrite=_rewrite,
     constraints=(_common.SUPPORTED_GROUPS, _common.FINITE_MIN_AMAX),

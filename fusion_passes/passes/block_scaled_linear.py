@@ -53,7 +53,9 @@ def _has_all_scales(match: Match) -> bool:
     weight, scale = match.base("weight"), match.base("weight_scale")
     blocks = [-(-size // BLOCK) for size in shape_of(weight)]
     found = shape_of(scale)
-    return len(found) == 2 and all(index_map.same_size(a, b) for a, b in zip(found, blocks, strict=True))
+    return len(found) == 2 and all(
+        index_map.same_size(a, b) for a, b in zip(found, blocks, strict=True)
+    )
 
 
 _INPUTS = {
@@ -75,7 +77,10 @@ FUSION = Fusion(
     constraints=(
         Constraint(
             _has_all_scales,
-            lambda match: f"weight_scale is {shape_of(match.base('weight_scale'))} for a weight of {shape_of(match.base('weight'))}",
+            lambda match: (
+                f"weight_scale is {shape_of(match.base('weight_scale'))} "
+                f"for a weight of {shape_of(match.base('weight'))}"
+            ),
         ),
     ),
     signature="aten.mm.default",

@@ -16,14 +16,18 @@ from fusion_passes.passes import _common
 from fusion_passes.rewriting import Rewrite
 
 
-def _meaning(x: T, weight: T, eps: float, group_size: int, min_amax: float, norm: Callable[..., T]) -> tuple[T, T]:
+def _meaning(
+    x: T, weight: T, eps: float, group_size: int, min_amax: float, norm: Callable[..., T]
+) -> tuple[T, T]:
     return _common.quantized(norm(x, weight, eps), group_size, min_amax)
 
 
 def _rewrite(m: Rewrite) -> tuple[object, ...]:
     arguments = (m.tensor("x"), m.tensor("weight"), m.scalar("eps"), m.size("group_size"))
     quantization = _common.quant_arguments(m)
-    node = m.call("rms_norm_group_quant", *arguments, weight_mode=m.constants["weight_mode"], **quantization)
+    node = m.call(
+        "rms_norm_group_quant", *arguments, weight_mode=m.constants["weight_mode"], **quantization
+    )
     return m.outputs_of(node, 2)
 
 
@@ -32,7 +36,9 @@ FUSION = Fusion(
     summary="RMSNorm and FP8 group quantization",
     stage=3,
     priority=2,
-    patterns=_common.norm_patterns("rms_norm_group_quant", _meaning, {"x": _common.QUANTIZED}, _common.GROUP),
+    patterns=_common.norm_patterns(
+        "rms_norm_group_quant", _meaning, {"x": _common.QUANTIZED}, _common.GROUP
+    ),
     rewrite=_rewrite,
     constraints=(_common.SUPPORTED_GROUPS, _common.FINITE_MIN_AMAX),
     # stock: the norm is one kernel and the quantization another, as their reductions differ

@@ -1,6 +1,6 @@
 """One activation is quantized once for all the linears that read it.
 
-    q_proj(quantize(x)), k_proj(quantize(x)), v_proj(quantize(x))   ->   q = quantize(x); q_proj(q), k_proj(q), v_proj(q)
+    q_proj(quantize(x)), k_proj(quantize(x))   ->   q = quantize(x); q_proj(q), k_proj(q)
 
 This is also what leaves a norm with a single reader, so that the norm and the quantization can become one kernel.
 """

@@ -1,6 +1,6 @@
 """SiLU of the gate times the up projection as one kernel.
 
-    silu(gate) * up   ->   silu_mul(gate, up)
+silu(gate) * up   ->   silu_mul(gate, up)
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ FUSION = Fusion(
     summary="SiLU and multiply",
     stage=3,
     priority=-1,
-    patterns=(Pattern(lambda gate, up: silu(gate) * up, {"gate": _GATED, "up": _GATED}, name="silu_mul"),),
+    patterns=(
+        Pattern(lambda gate, up: silu(gate) * up, {"gate": _GATED, "up": _GATED}, name="silu_mul"),
+    ),
     rewrite=lambda m: (m.call("silu_mul", m.tensor("gate"), m.tensor("up")),),
     bytes_before="6*num_tokens*intermediate_size",
     bytes_after="6*num_tokens*intermediate_size",

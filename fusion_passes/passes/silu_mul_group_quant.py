@@ -1,6 +1,6 @@
 """SiLU-mul and the group quantization of its output as one kernel.
 
-    group_quant(silu(gate) * up)   ->   silu_mul_group_quant(gate, up)
+group_quant(silu(gate) * up)   ->   silu_mul_group_quant(gate, up)
 """
 
 from __future__ import annotations

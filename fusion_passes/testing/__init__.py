@@ -9,4 +9,11 @@ values, :mod:`~fusion_passes.testing.fragments` pieces of models. Needs hypothes
 from fusion_passes.testing.equivalence import Result, assert_fusion_equivalent, fuse, random_inputs
 from fusion_passes.testing.fragments import ModelFragment, model_fragments
 
-__all__ = ["ModelFragment", "Result", "assert_fusion_equivalent", "fuse", "model_fragments", "random_inputs"]
+__all__ = [
+    "ModelFragment",
+    "Result",
+    "assert_fusion_equivalent",
+    "fuse",
+    "model_fragments",
+    "random_inputs",
+]

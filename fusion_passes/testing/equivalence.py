@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,13 @@ def random_inputs(
     return inputs
 
 
-def fuse(fn: Callable[..., Any], *args: Any, only: Sequence[Fusion] | None = None, dynamic: bool | None = None, **kwargs: Any) -> Result:
+def fuse(
+    fn: Callable[..., Any],
+    *args: Any,
+    only: Sequence[Fusion] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Result:
     """Trace a call to one graph, rewrite a copy of it, and run both eagerly.
 
     only: the fusions to run (even unregistered ones); None runs those that the settings have on.
@@ -76,7 +83,9 @@ def fuse(fn: Callable[..., Any], *args: Any, only: Sequence[Fusion] | None = Non
     values: dict[fx.Node, fx.Node] = {}
     output = after.graph.graph_copy(before.graph, values)
     after.graph.output(output)
-    report = manager.run(after.graph, settings.current().model_copy(update={"allow_reference": True}), only)
+    report = manager.run(
+        after.graph, settings.current().model_copy(update={"allow_reference": True}), only
+    )
     after.recompile()
     inputs = before.meta["inputs"]
     with torch.no_grad():
@@ -112,30 +121,57 @@ def assert_fusion_equivalent(
         results.append(fuse(fn, *args, only=[fusion], dynamic=dynamic, **kwargs))
     else:
         for pattern in fusion.patterns:
-            inputs = random_inputs(pattern, sizes or {}, dtype=dtype, device=device, scalars=scalars, seed=seed)
-            tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            inputs = random_inputs(
+                pattern, sizes or {}, dtype=dtype, device=device, scalars=scalars, seed=seed
+            )
+            tensors = {
+                name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)
+            }
             rest = {name: value for name, value in inputs.items() if name not in tensors}
             # the numbers are constants of the graph, as the attributes of a module are
-            call = lambda *values, fn=pattern.fn, names=tuple(tensors), rest=rest: fn(**dict(zip(names, values, strict=True)), **rest)  # noqa: E731
+            call = functools.partial(_call, pattern.fn, tuple(tensors), rest)
             results.append(fuse(call, *tensors.values(), only=[fusion], dynamic=dynamic))
     for result in results:
         _assert_equivalent(fusion, result, matches)
     return results
 
 
+def _call(
+    fn: Callable[..., Any], names: Sequence[str], rest: Mapping[str, Any], *values: Any
+) -> Any:
+    return fn(**dict(zip(names, values, strict=True)), **rest)
+
+
 def _assert_equivalent(fusion: Fusion, result: Result, matches: int) -> None:
     fired = result.report.matches.get(fusion.name, 0)
-    assert fired == matches, f"{fusion.name} fired {fired} times, expected {matches}\n{result.report}"
-    accumulated = any(operation.kind == "opaque" and "mm" in operation.name for operation in map(describe, result.before.graph.nodes) if operation)
-    for index, (expected, actual, judge) in enumerate(zip(result.expected, result.actual, result.judge, strict=True)):
-        assert expected.stride() == actual.stride() or expected.numel() < 2, f"output {index}: strides {actual.stride()}, expected {expected.stride()}"
+    assert fired == matches, (
+        f"{fusion.name} fired {fired} times, expected {matches}\n{result.report}"
+    )
+    accumulated = any(
+        operation.kind == "opaque" and "mm" in operation.name
+        for operation in map(describe, result.before.graph.nodes)
+        if operation
+    )
+    for index, (expected, actual, judge) in enumerate(
+        zip(result.expected, result.actual, result.judge, strict=True)
+    ):
+        assert expected.stride() == actual.stride() or expected.numel() < 2, (
+            f"output {index}: strides {actual.stride()}, expected {expected.stride()}"
+        )
         problem = verify.difference(expected, actual, accumulated)
         assert problem is None, f"{fusion.name}, output {index}: {problem}"
         if bool(judge.double().isfinite().all()):
-            ours, eagers = (float((side.double() - judge.double()).norm()) for side in (actual, expected))
+            ours, eagers = (
+                float((side.double() - judge.double()).norm()) for side in (actual, expected)
+            )
             tiny = 1e-6 * float(judge.double().norm())
-            assert ours <= SLACK * eagers + tiny, f"{fusion.name}, output {index}: {ours:.4g} from float64, eager {eagers:.4g}"
-    copies = [sum("clone" in str(n.target) or "copy" in str(n.target) for n in g.graph.nodes) for g in (result.before, result.after)]
+            assert ours <= SLACK * eagers + tiny, (
+                f"{fusion.name}, output {index}: {ours:.4g} from float64, eager {eagers:.4g}"
+            )
+    copies = [
+        sum("clone" in str(n.target) or "copy" in str(n.target) for n in g.graph.nodes)
+        for g in (result.before, result.after)
+    ]
     assert copies[1] <= copies[0], f"{fusion.name} added {copies[1] - copies[0]} copies"
 
 
@@ -144,7 +180,11 @@ class _Float64(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        return result.double() if isinstance(result, torch.Tensor) and result.dtype in _ROUNDING else result
+        return (
+            result.double()
+            if isinstance(result, torch.Tensor) and result.dtype in _ROUNDING
+            else result
+        )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.prims.convert_element_type.default:

@@ -46,16 +46,34 @@ class ModelFragment(nn.Module):
     expected: how often each fusion must fire in it when all are on.
     """
 
-    def __init__(self, kind: str, norm: str, residual: bool, linears: int, hidden: int, out: int, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        norm: str,
+        residual: bool,
+        linears: int,
+        hidden: int,
+        out: int,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.kind, self.residual = kind, residual
         makers = {"llama": LlamaNorm, "gemma": GemmaNorm}
         if kind == "norm":
-            self.norm = makers[norm](hidden, 1e-5, dtype) if norm in makers else nn.RMSNorm(hidden, eps=1e-5, dtype=dtype)
+            self.norm = (
+                makers[norm](hidden, 1e-5, dtype)
+                if norm in makers
+                else nn.RMSNorm(hidden, eps=1e-5, dtype=dtype)
+            )
         plain = [nn.Linear(hidden, out, bias=False, dtype=dtype) for _ in range(linears)]
         self.linears = nn.ModuleList(Fp8BlockLinear.from_linear(linear) for linear in plain)
-        producer = {"norm": "add_rms_norm_group_quant" if residual else "rms_norm_group_quant", "gated": "silu_mul_group_quant", "plain": "group_quant"}[kind]
+        producer = {
+            "norm": "add_rms_norm_group_quant" if residual else "rms_norm_group_quant",
+            "gated": "silu_mul_group_quant",
+            "plain": "group_quant",
+        }[kind]
         self.expected = {"block_scaled_linear": linears, producer: 1}
         if linears > 1:
             self.expected["shared_group_quant"] = linears - 1
@@ -83,9 +101,18 @@ def model_fragments(draw: st.DrawFn, device: str = "cpu") -> Drawn:
     """A :class:`ModelFragment` and two inputs ``[..., hidden]``, bfloat16 or float16."""
     dtype = draw(st.sampled_from((torch.bfloat16, torch.float16)))
     hidden, out = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from((64, 128, 200, 256)))
-    kind, norm = draw(st.sampled_from(("norm", "norm", "gated", "plain"))), draw(st.sampled_from(NORMS))
+    kind, norm = (
+        draw(st.sampled_from(("norm", "norm", "gated", "plain"))),
+        draw(st.sampled_from(NORMS)),
+    )
     seed = draw(st.integers(0, 2**16))
-    module = ModelFragment(kind, norm, draw(st.booleans()), draw(st.integers(1, 3)), hidden, out, dtype, seed).to(device).eval()
+    module = (
+        ModelFragment(
+            kind, norm, draw(st.booleans()), draw(st.integers(1, 3)), hidden, out, dtype, seed
+        )
+        .to(device)
+        .eval()
+    )
     shape = (*draw(st.sampled_from(LEADING)), hidden)
     inputs = torch.randn(shape).to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
     return Drawn(module, inputs)

@@ -62,7 +62,7 @@ class Chain:
 @st.composite
 def factorizations(draw: st.DrawFn, number: int) -> tuple[int, ...]:
     """A shape with that many elements, ones included."""
-    shape = []
+    shape = [] if number else [0, draw(st.sampled_from((1, 3)))]
     while number > 1:
         factor = draw(st.sampled_from([d for d in range(2, number + 1) if number % d == 0]))
         shape.append(factor)

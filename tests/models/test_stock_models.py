@@ -56,7 +56,10 @@ def test_one_line(kind: str, scheme: str) -> None:
     model = build(kind, scheme, LAYERS)
     compiled = torch.compile(model, backend="fusion_passes", options={"fusions": "all"})
     with torch.no_grad():
-        expected, actual = model(tokens(7), use_cache=False).logits, compiled(tokens(7), use_cache=False).logits
+        expected, actual = (
+            model(tokens(7), use_cache=False).logits,
+            compiled(tokens(7), use_cache=False).logits,
+        )
     assert fusion_passes.report().matches == EXPECTED[scheme][kind], fusion_passes.report()
     error = float((actual.double() - expected.double()).norm() / expected.double().norm())
     assert error < (0.02 if scheme == "bf16" else 0.1), f"logits differ by {error:.3%}"
@@ -75,16 +78,26 @@ def test_dynamic_shapes_take_no_more_graphs_than_stock(kind: str) -> None:
         expected = {length: stock(tokens(length), use_cache=False).logits for length in lengths}
         torch.compiler.reset()
         fusion_passes.reset_reports()
-        compiled = torch.compile(model, backend="fusion_passes", dynamic=True, options={"fusions": "all"})
+        compiled = torch.compile(
+            model, backend="fusion_passes", dynamic=True, options={"fusions": "all"}
+        )
         for length in lengths:
             actual = compiled(tokens(length), use_cache=False).logits
-            error = float((actual - expected[length]).double().norm() / expected[length].double().norm())
+            error = float(
+                (actual - expected[length]).double().norm() / expected[length].double().norm()
+            )
             assert error < 0.1, f"{length} tokens: logits differ by {error:.3%}"
     reports = fusion_passes.reports()
     assert len(reports) <= counter.frame_count
-    per_layer = {name: count for name, count in FP8[kind].items() if name in ("block_scaled_linear", "shared_group_quant")}
+    per_layer = {
+        name: count
+        for name, count in FP8[kind].items()
+        if name in ("block_scaled_linear", "shared_group_quant")
+    }
     for report in reports:
-        assert {name: report.matches[name] for name in per_layer} == {n: c // 2 for n, c in per_layer.items()}, report
+        assert {name: report.matches[name] for name in per_layer} == {
+            n: c // 2 for n, c in per_layer.items()
+        }, report
         assert report.matches["add_rms_norm_group_quant"] == 3, report
 
 
@@ -100,7 +113,8 @@ def test_dynamic_shapes_take_no_more_graphs_than_stock(kind: str) -> None:
         ("glm4", fp8_matches(2, block_scaled_linear=6, shared_group_quant=2) | {"rms_norm": 4}),
         (
             "olmo2",  # norms after the linears, weight multiplied in float32
-            {"block_scaled_linear": 14, "shared_group_quant": 6, "silu_mul_group_quant": 2, "group_quant": 6, "add_rms_norm": 1, "rms_norm": 8},
+            {"block_scaled_linear": 14, "shared_group_quant": 6, "silu_mul_group_quant": 2, "group_quant": 6}
+            | {"add_rms_norm": 1, "rms_norm": 8},
         ),
         (
             "cohere2",  # LayerNorm: nothing to fuse before the quantization, which attention and MLP share
@@ -109,7 +123,12 @@ def test_dynamic_shapes_take_no_more_graphs_than_stock(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_models_that_no_pattern_was_written_for(kind: str, expected: dict[str, int]) -> None:
-    result = fuse(build(kind, "fp8_block", 2), tokens(7), use_cache=False, only=list(fusion_passes.registry().values()))
+    result = fuse(
+        build(kind, "fp8_block", 2),
+        tokens(7),
+        use_cache=False,
+        only=list(fusion_passes.registry().values()),
+    )
     assert result.report.matches == expected, result.report
     (eager,), (actual,), (judge,) = result.expected, result.actual, result.judge
     ours, eagers = ((side.double() - judge).norm() / judge.norm() for side in (actual, eager))

@@ -24,7 +24,9 @@ def build(kind: str, scheme: str, layers: int) -> nn.Module:
     config = AutoConfig.for_model(kind, num_hidden_layers=layers, **SIZES)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # freshly made norms are all ones (or zeros), which would hide a wrong weight
+        if (
+            "norm" in name
+        ):  # freshly made norms are all ones (or zeros), which would hide a wrong weight
             parameter.data += 0.1 * torch.randn_like(parameter)
     return fusion_passes.quantize_(model, "fp8_block") if scheme == "fp8_block" else model
 
@@ -36,7 +38,16 @@ def tokens(count: int) -> torch.Tensor:
 
 def fp8_matches(layers: int, **per_layer: int) -> dict[str, int]:
     """What fires in a pre-norm decoder with separate q/k/v and gate/up when every fusion is on."""
-    counts = {"block_scaled_linear": 7, "shared_group_quant": 3, "silu_mul_group_quant": 1, "group_quant": 1} | per_layer
+    counts = {
+        "block_scaled_linear": 7,
+        "shared_group_quant": 3,
+        "silu_mul_group_quant": 1,
+        "group_quant": 1,
+    } | per_layer
     expected = {name: count * layers for name, count in counts.items() if count}
     # the first norm has no addition before it, the last one no quantization after it
-    return expected | {"add_rms_norm_group_quant": 2 * layers - 1, "rms_norm_group_quant": 1, "add_rms_norm": 1}
+    return expected | {
+        "add_rms_norm_group_quant": 2 * layers - 1,
+        "rms_norm_group_quant": 1,
+        "add_rms_norm": 1,
+    }
