@@ -25,8 +25,9 @@ import custom_ops
 from fusion_passes import near_miss, reporting, tables, torch_internals, verify
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import recognition, views
+from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion, registry
-from fusion_passes.matching import Match, candidates, compile_pattern, find
+from fusion_passes.matching import Match, candidates, find
 from fusion_passes.operations import escapes, module_path
 from fusion_passes.reporting import NearMiss, Report, Site
 from fusion_passes.rewriting import NotRewritten, Rewrite, choose

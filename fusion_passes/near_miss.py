@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
 from fusion_passes.fusion import Fusion
-from fusion_passes.matching import CompiledPattern, Matcher, Mismatch, compile_pattern
+from fusion_passes.matching import Matcher, Mismatch
 from fusion_passes.operations import describe, module_path, readers
 from fusion_passes.reporting import NearMiss
 

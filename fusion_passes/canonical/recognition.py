@@ -19,7 +19,8 @@ from torch import fx
 
 from fusion_passes import torch_internals
 from fusion_passes.canonical.meanings import MEANINGS
-from fusion_passes.matching import Match, candidates, compile_pattern, find
+from fusion_passes.compiled_pattern import compile_pattern
+from fusion_passes.matching import Match, candidates, find
 from fusion_passes.operations import escapes, is_tensor, shape_of
 from fusion_passes.rewriting import NotRewritten, Rewrite
 

@@ -1,0 +1,226 @@
+"""One step outside a fusion's meaning: it does not fire, the result stays, and the report says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusion_passes.quantize import Fp8BlockLinear, quantize_weight
+from tests.fusion_passes.helpers import EPS, FP8, fuse_all, llama_norm, misses, quantize, random, silu_mul
+
+pytestmark = pytest.mark.usefixtures("references")
+
+X, OTHER, W = random(6, 256), random(6, 256, seed=1), random(256, seed=2)
+WEIGHT, SCALE = quantize_weight(random(200, 256, seed=3))
+SQUARE, SQUARE_SCALE = quantize_weight(random(256, 256, seed=4))
+
+
+def normed(x: torch.Tensor, dims: Any = -1) -> torch.Tensor:
+    h = x.float()
+    return h * torch.rsqrt(h.pow(2).mean(dims, keepdim=True) + EPS)
+
+
+def grouped(x: torch.Tensor, size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = x.float().unflatten(-1, (-1, size))
+    return groups, groups.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+
+
+def codes(quotient: torch.Tensor) -> torch.Tensor:
+    return quotient.clamp(-448.0, 448.0).to(FP8)
+
+
+def linear(x, weight, scale_inv, bias=None, block=128, transposed=False, dtype=None):
+    q, scale = quantize(x)
+    operand = (q.float().unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2).to(dtype or x.dtype)
+    blocks = scale_inv.repeat_interleave(block, 0)[: weight.shape[0]].repeat_interleave(128, 1)
+    dense = (weight.float() * blocks).to(operand.dtype)
+    return operand @ dense if transposed else F.linear(operand, dense, bias)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What must not fire; what else may (all of it, exactly); and words of the reason that must be reported."""
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    fires: tuple[str, ...] = ()
+    missed: str = ""
+    words: tuple[str, ...] = ()
+
+
+def reciprocal(x):
+    groups, amax = grouped(x)
+    scale = amax / 448.0
+    return codes(groups * (1.0 / scale)), scale
+
+
+def reciprocal_of_amax(x):
+    groups, amax = grouped(x)
+    return codes(groups * (448.0 / amax)), amax / 448.0
+
+
+def times_reciprocal_of_448(x):
+    groups, amax = grouped(x)
+    scale = amax * (1.0 / 448.0)
+    return codes(groups / scale), scale
+
+
+def scale_in_16_bits(x):
+    groups = x.unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return codes(groups.float() / scale), scale
+
+
+def scale_of_another(x, y):
+    scale = grouped(y)[1] / 448.0
+    return codes(grouped(x)[0] / scale), scale
+
+
+def other_limit(x):
+    groups, amax = grouped(x)
+    scale = amax / 240.0
+    return (groups / scale).clamp(-240.0, 240.0).to(FP8), scale
+
+
+def sum_in_float32(x, residual, weight):
+    total = x.float() + residual.float()
+    h = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * h.to(x.dtype), total.to(x.dtype)
+
+
+def reciprocal_norm_used_twice(x, weight):
+    h = x.float()
+    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * (h * scale).to(x.dtype), scale
+
+
+def quantized_and_used(x, weight):
+    h = llama_norm(x, weight)
+    return *quantize(h), h
+
+
+def eps_rounded_to_16_bits(x, weight, eps):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps.to(x.dtype))
+    return weight * h.to(x.dtype)
+
+
+NORM = "rms_norm"
+CASES = [
+    Case("reciprocal multiply", reciprocal, (X,), missed="group_quant", words=("div", "mul")),
+    Case("448 / amax", reciprocal_of_amax, (X,), missed="group_quant", words=("div", "mul")),
+    Case("amax * (1 / 448)", times_reciprocal_of_448, (X,), missed="group_quant", words=("div", "mul")),
+    Case("scale in bf16", scale_in_16_bits, (X,), missed="group_quant", words=("bfloat16", "float32")),
+    Case("another format's limit", other_limit, (X,), missed="group_quant", words=("240", "448")),
+    Case("groups of 32", lambda x: quantize(x, 32), (X,), missed="group_quant", words=("groups of 32", "64, 128")),
+    Case("groups of 256", lambda x: quantize(x, 256), (X,), missed="group_quant", words=("groups of 256",)),
+    Case("negative bound", lambda x: quantize(x, 128, -1.0), (X,), missed="group_quant", words=("-1.0", ">= 0")),
+    Case("float32 activation", quantize, (X.float(),), missed="group_quant"),
+    Case("scale of another tensor", scale_of_another, (X, OTHER), missed="group_quant", words=("not one value",)),
+    Case("the other float8", lambda x: codes(grouped(x)[0] / grouped(x)[1]).to(torch.float8_e5m2), (X,)),
+    Case("float32 norm", llama_norm, (X.float(), W.float()), missed=NORM, words=("cast",)),
+    Case("float64 norm", llama_norm, (X.double(), W.double()), missed=NORM, words=("float64",)),
+    Case("weight before the cast, rounded after", lambda x, w: (w * normed(x)).to(x.dtype) * w, (X, W), fires=(NORM,)),
+    Case("1 + weight rounded", lambda x, w: (normed(x) * (1 + w)).to(x.dtype), (X, W), missed=NORM),
+    Case("1 + weight after the cast", lambda x, w: (1 + w) * normed(x).to(x.dtype), (X, W), missed=NORM),
+    Case("2 + weight", lambda x, w: (normed(x) * (2 + w.float())).to(x.dtype), (X, W), missed=NORM),
+    Case("float32 weight of a rounded norm", lambda x, w: w * normed(x).to(x.dtype), (X, W.float()), missed=NORM),
+    Case("float32 weight, rounded twice", lambda x, w: (w * normed(x).to(x.dtype)).to(x.dtype), (X, W.float()), missed=NORM),
+    Case("mean over tokens", lambda x, w: w * normed(x, 0).to(x.dtype), (X, W), missed=NORM, words=("6", "256")),
+    Case("mean over tokens, square", lambda x, w: w * normed(x, 0).to(x.dtype), (random(256, 256), W), missed=NORM),
+    Case("mean over everything", lambda x, w: w * normed(x, (-2, -1)).to(x.dtype), (X, W), missed=NORM),
+    Case("weight per token", lambda x, w: w * normed(x).to(x.dtype), (X, random(6, 1)), missed=NORM, words=("weight",)),
+    Case("weight per element", lambda x, w: w * normed(x).to(x.dtype), (X, OTHER), missed=NORM, words=("weight",)),
+    Case("variance in bf16", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)), (X, W)),
+    Case("rms used elsewhere", reciprocal_norm_used_twice, (X, W), missed=NORM, words=("rsqrt", "also used")),
+    Case("eps rounded to bf16", eps_rounded_to_16_bits, (X, W, torch.tensor(0.1237, dtype=torch.float64))),
+    Case("norm not rounded before quantization", lambda x, w: quantize(normed(x) * w), (X, W), missed=NORM),
+    Case(
+        "norm used elsewhere", quantized_and_used, (X, W), ("group_quant", NORM), "rms_norm_group_quant", ("also used by output",)
+    ),
+    Case("sum not rounded", sum_in_float32, (X, OTHER, W), missed=NORM, words=("add",)),
+    Case("scaled residual", lambda x, r, w: llama_norm(torch.add(x, r, alpha=2), w), (X, OTHER, W), fires=(NORM,)),
+    Case("a bias is no residual", lambda x, b, w: llama_norm(x + b, w), (X, W, W), fires=(NORM,)),
+    Case("sigmoid rounded before the product", lambda g, u: g * torch.sigmoid(g) * u, (X, OTHER)),
+    Case("gate per row", lambda g, u: F.silu(g) * u, (random(1, 256), OTHER)),
+    Case("float32 gate", silu_mul, (X.float(), OTHER.float())),
+    Case("scale rows of another weight", linear, (X, WEIGHT, torch.cat([SCALE, SCALE])), ("group_quant",), "block_scaled_linear", ("(4, 2)", "(200, 256)")),
+    Case("scale rows, with bias", linear, (X, WEIGHT, torch.cat([SCALE, SCALE]), random(200)), ("group_quant",), "block_scaled_linear", ("(4, 2)",)),
+    Case("blocks of 64 rows", lambda *a: linear(*a, block=64), (X, WEIGHT, SCALE.repeat_interleave(2, 0)), ("group_quant",), "block_scaled_linear", ("weight_scale",)),
+    Case("blocks of 64 rows, with bias", lambda *a: linear(*a, block=64), (X, WEIGHT, SCALE.repeat_interleave(2, 0), random(200)), ("group_quant",), "block_scaled_linear", ("weight_scale",)),
+    Case("weight not transposed", lambda *a: linear(*a, transposed=True), (X, SQUARE, SQUARE_SCALE), ("group_quant",), "block_scaled_linear", ("permute",)),
+    Case("operands in float32", lambda *a: linear(*a, dtype=torch.float32), (X, WEIGHT, SCALE), ("group_quant",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_step_outside(case):
+    result = fuse_all(case.fn, *case.args)
+    assert result.report.matches == {name: 1 for name in case.fires}, result.report
+    if case.missed:
+        reasons = misses(result, case.missed)
+        assert reasons, f"{case.missed} says nothing of it\n{result.before.graph}"
+        assert any(all(word in reason for word in case.words) for reason in reasons), reasons
+        sites = [miss for miss in result.report.near_misses if miss.fusion == case.missed]
+        nodes = {node.name for node in result.before.graph.nodes}
+        assert all(miss.module == "(top)" and (miss.node in nodes or case.fires) for miss in sites)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_ragged_input_features_stay_right_and_are_reported(bias):
+    """A padded activation is cut again after it is dequantized, which no kernel here reads."""
+    result = fuse_all(Fp8BlockLinear.from_linear(nn.Linear(200, 256, bias, dtype=torch.bfloat16)).eval(), random(6, 200))
+    assert result.report.matches == {"group_quant": 1}
+    assert misses(result, "block_scaled_linear")
+
+
+def test_codes_and_scales_of_two_tensors_still_make_a_linear():
+    """The linear's meaning does not ask where codes and scales come from."""
+
+    def block(q, scale, weight, scale_inv):
+        operand = (q.float().unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2).bfloat16()
+        return F.linear(operand, (weight.float() * scale_inv.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)).bfloat16())
+
+    result = fuse_all(block, quantize(X)[0], quantize(OTHER)[1], WEIGHT, SCALE)
+    assert result.report.matches == {"block_scaled_linear": 1}
+
+
+CUT = {
+    "gate cut after its activation": (lambda g, u: F.silu(g)[:3] * u, (X, random(3, 256)), ()),
+    "norm cut before the weight": (lambda x, w: w * normed(x)[:3].to(x.dtype), (X, W), ()),
+    "sum cut before the norm": (lambda x, r, w: (llama_norm((x + r)[:3], w), x + r), (X, OTHER, W), (NORM,)),
+    "sum cut, dead": (lambda x, r, w: llama_norm((x + r)[:3], w), (X, OTHER, W), (NORM,)),
+    "norm cut before quantization": (lambda x, w: quantize(llama_norm(x, w)[:3]), (X, W), ("group_quant", NORM)),
+    "product cut before quantization": (lambda g, u: quantize((F.silu(g) * u)[:3]), (X, OTHER), ("group_quant", "silu_mul")),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.filterwarnings("error:.*undone.*")
+def test_values_that_lose_rows_inside_of_a_match(name):
+    """Its outputs would have another number of rows than its inputs."""
+    fn, args, fires = CUT[name]
+    assert fuse_all(fn, *args).report.matches == {name: 1 for name in fires}
+
+
+def test_inputs_that_lose_rows_before_a_match():
+    result = fuse_all(lambda g, u, x, w: (F.silu(g[:3]) * u[:3], *quantize(llama_norm(x[:3], w))), X, OTHER, X, W)
+    assert result.report.matches == {"silu_mul": 1, "rms_norm_group_quant": 1}
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+def test_halves_of_a_single_token(lead):
+    """The first half is a prefix of the whole in memory, not the whole."""
+    result = fuse_all(lambda p: silu_mul(p[..., :128], p[..., 128:]), random(*lead, 256))
+    assert result.report.matches == {"silu_mul": 1}
+
+
+def test_values_without_dimensions():
+    assert fuse_all(silu_mul, random(), random()).report.matches in ({}, {"silu_mul": 1})
