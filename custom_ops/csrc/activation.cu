@@ -6,48 +6,20 @@
 namespace custom_ops {
 namespace {
 
-// 2^t in one instruction, 2 ulp. A subnormal result becomes 0, which 1 + 2^t cannot tell from it.
-__device__ __forceinline__ float exp2_approx(float t) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
-  return e;
-}
-
-// exp(-g) for |g| <= kFastGate, within 4 ulp. __expf alone rounds its argument to base 2, which is off by 2^-18
-// (45 ulp of the result) at |g| = 80. log2(e) splits into 15 bits and a rest: g (8 bits in bfloat16) times the
-// first is exact, and the rest, at most 4e-4, needs only the linear term of its exponential.
-constexpr float kLog2eHigh = 0x1.7154p0f;
-constexpr float kLog2eRest = 4.888495152e-06f;  // (log2(e) - kLog2eHigh) * ln 2
-constexpr float kLn2 = 0.693147181f;
-
-template <typename T>
-__device__ __forceinline__ float exp_negative(float g);
-template <>
-__device__ __forceinline__ float exp_negative<__nv_bfloat16>(float g) {
-  const float e = exp2_approx(g * -kLog2eHigh);
-  return fmaf(e, g * -kLog2eRest, e);
-}
-template <>
-__device__ __forceinline__ float exp_negative<__half>(float g) {  // 11 bits: the product rounds; add that back
-  const float t = g * -kLog2eHigh;
-  const float lost = fmaf(g, -kLog2eHigh, -t);
-  const float e = exp2_approx(t);
-  return fmaf(e, fmaf(g, -kLog2eRest, lost * kLn2), e);
-}
-
 // Above this, 1 + exp(-g) nears the end of float32, where a reciprocal is subnormal; Inf and NaN too.
 constexpr float kFastGate = 80.0f;
 
-// round_T(g / (1 + exp(-g))), float32 inside, |g| <= kFastGate. The division is IEEE-exact up to what one step on
-// its residual leaves (the seed is 1 ulp off), so this differs from eager only through exp.
+// round_T(g / (1 + exp(-g))), float32 inside, |g| <= kFastGate: the expression of eager. expf is the accurate one
+// (1 ulp; __expf rounds its argument to base 2, which is 45 ulp at |g| = 80), and the division is IEEE-exact up to
+// what one step on its residual leaves, the seed being 1 ulp off.
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> silu_quick(const Vec<T, N>& gate) {
   Vec<T, N> out;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const float2 g = Packed<T>::to_float(gate.pair[i]);
-    const float dx = 1.0f + exp_negative<T>(g.x);
-    const float dy = 1.0f + exp_negative<T>(g.y);
+    const float dx = 1.0f + expf(-g.x);
+    const float dy = 1.0f + expf(-g.y);
     out.pair[i] = Packed<T>::from_float(divide_by_reciprocal(g.x, dx, reciprocal_approx(dx)),
                                         divide_by_reciprocal(g.y, dy, reciprocal_approx(dy)));
   }
@@ -84,16 +56,17 @@ __global__ void __launch_bounds__(kThreads)
   Vec<T, N> u[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    const int64_t row = at.row + i;
-    const T* const gate_at = gate + row * gate_stride + at.col;
-    const T* const up_at = up + row * up_stride + at.col;
-    if (row >= rows) {
+    const T* const gate_at = gate + (at.row + i) * gate_stride + at.col;
+    const T* const up_at = up + (at.row + i) * up_stride + at.col;
+    if (i >= at.left) {
       g[i] = u[i] = zero_vec<T, N>();
     } else {
       g[i] = Aligned ? load_const<T, N>(gate_at) : load_scalar<T, N>(gate_at, cols - at.col);
       u[i] = Aligned ? load_const<T, N>(up_at) : load_scalar<T, N>(up_at, cols - at.col);
     }
   }
+  QuantizedAt to{};
+  if (Quant) to = early_quantized_at(quantized, at, cols);
   Vec<T, N> product[R];
   bool quick = true;
 #pragma unroll
@@ -110,11 +83,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < R; ++i) product[i] = multiply(silu_any(g[i]), u[i]);
   }
   if constexpr (Quant) {
-    quantize_rows(product, at, rows, cols, quantized);
+    quantize_rows(product, to, at.left, cols, quantized);
   } else {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-      if (at.row + i >= rows) break;
+      if (i >= at.left) break;
       T* const p = out + (at.row + i) * cols + at.col;
       if constexpr (Aligned) {
         store_vec(p, product[i]);
@@ -159,16 +132,24 @@ cudaError_t launch(Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols
 
 cudaError_t silu_mul(Dtype dtype, Matrix gate, Matrix up, void* out, int64_t rows, int64_t cols,
                      cudaStream_t stream) {
-  if (rows == 0 || cols == 0) return cudaSuccess;
-  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, false>(gate, up, out, rows, cols, {}, stream)
-                                  : launch<__half, false>(gate, up, out, rows, cols, {}, stream);
+  return for_row_slices(rows, cols, [&](int64_t first, int64_t count) {
+    const Matrix g = rows_from(gate, first);
+    const Matrix u = rows_from(up, first);
+    void* const to = static_cast<char*>(out) + 2 * first * cols;
+    return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, false>(g, u, to, count, cols, {}, stream)
+                                    : launch<__half, false>(g, u, to, count, cols, {}, stream);
+  });
 }
 
 cudaError_t silu_mul_group_quant(Dtype dtype, Matrix gate, Matrix up, int64_t rows, int64_t cols,
                                  const Quantized& out, cudaStream_t stream) {
-  if (rows == 0 || cols == 0) return cudaSuccess;
-  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, true>(gate, up, nullptr, rows, cols, out, stream)
-                                  : launch<__half, true>(gate, up, nullptr, rows, cols, out, stream);
+  return for_row_slices(rows, cols, [&](int64_t first, int64_t count) {
+    const Matrix g = rows_from(gate, first);
+    const Matrix u = rows_from(up, first);
+    const Quantized to = rows_from(out, first, cols);
+    return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, true>(g, u, nullptr, count, cols, to, stream)
+                                    : launch<__half, true>(g, u, nullptr, count, cols, to, stream);
+  });
 }
 
 }  // namespace custom_ops

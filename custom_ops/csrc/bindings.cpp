@@ -1,17 +1,17 @@
 // The ops of namespace custom_ops_cuda: schemas, argument checks, output tensors, launch. The only file that
 // knows Torch, and only its stable ABI, so that one build serves every later torch.
 //
-// Functions are boxed by hand: TORCH_BOX would copy each tensor handle and each string once more, and host time
-// is what a small batch waits for.
+// Functions are boxed by hand, on tensor handles: TORCH_BOX and torch::stable::Tensor would allocate twice more per
+// tensor and once more per string (which 2.11 leaks), and host time is what a small batch waits for.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 
@@ -19,7 +19,6 @@ namespace {
 
 using custom_ops::Dtype;
 using custom_ops::Matrix;
-using torch::stable::Tensor;
 
 constexpr int kMaxDims = 8;
 
@@ -31,7 +30,64 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// ---- arguments off the stack ----------------------------------------------------------------------------
+// ---- tensors, and arguments off the stack ---------------------------------------------------------------
+
+// A reference to a tensor, or to none.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  AtenTensorHandle get() const { return handle_; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+  int64_t dim() const {
+    int64_t dim;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    return dim;
+  }
+  const int64_t* sizes() const {
+    int64_t* sizes;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
+    return sizes;
+  }
+  const int64_t* strides() const {
+    int64_t* strides;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    return strides;
+  }
+  int32_t dtype() const {
+    int32_t dtype;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    return dtype;
+  }
+  int32_t device_type() const {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    return type;
+  }
+  int32_t device() const {
+    int32_t index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+    return index;
+  }
+  void* data() const {
+    void* data;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data));
+    return data;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
 
 Tensor take_tensor(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
 
@@ -50,14 +106,11 @@ std::string take_string(StableIValue value) {
   return text;
 }
 
-int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
+// The dtype of the first argument, which the others must share. It must be on a GPU: the dispatcher comes here as
+// soon as one of them is.
 Dtype float16_of(const char* op, const char* name, const Tensor& t) {
-  const int32_t dtype = dtype_of(t);
+  if (t.device_type() != aoti_torch_device_type_cuda()) fail(op, name, " must be on a CUDA device");
+  const int32_t dtype = t.dtype();
   if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
   if (dtype == aoti_torch_dtype_float16()) return Dtype::float16;
   fail(op, name, " must be bfloat16 or float16");
@@ -89,7 +142,9 @@ int64_t row_stride(const int64_t* sizes, const int64_t* strides, int64_t dims) {
 }
 
 Tensor contiguous(const Tensor& t) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(t),
+  AtenTensorHandle again;  // the callee consumes its argument
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &again));
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(again),
                                     torch::stable::detail::from(aoti_torch_memory_format_contiguous_format())};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::contiguous", "", stack.data(), TORCH_ABI_VERSION));
   return take_tensor(stack[0]);
@@ -100,27 +155,26 @@ Tensor contiguous(const Tensor& t) {
 Rows as_rows(const char* op, const char* name, Tensor t) {
   const int64_t dims = t.dim();
   if (dims < 1 || dims > kMaxDims) fail(op, name, " must have 1 to ", kMaxDims, " dimensions, got ", dims);
-  const int64_t* const sizes = t.sizes().data();
+  const int64_t* const sizes = t.sizes();
   int64_t rows = 1;
   for (int64_t d = 0; d < dims - 1; ++d) rows *= sizes[d];
   const int64_t cols = sizes[dims - 1];
-  int64_t stride = row_stride(sizes, t.strides().data(), dims);
+  int64_t stride = row_stride(sizes, t.strides(), dims);
   if (stride < 0 && rows * cols > 0) {
     t = contiguous(t);
     stride = cols;
   }
-  const void* data = t.const_data_ptr();
+  const void* data = t.data();
   return {std::move(t), {data, stride}, rows, cols};
 }
 
 void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-  const auto a = t.sizes();
-  const auto b = like.sizes();
-  bool same = a.size() == b.size();
-  for (size_t i = 0; same && i < a.size(); ++i) same = a[i] == b[i];
+  const int64_t dims = t.dim();
+  bool same = dims == like.dim();
+  for (int64_t d = 0; same && d < dims; ++d) same = t.sizes()[d] == like.sizes()[d];
   if (!same) fail(op, name, " must have the shape of ", like_name);
-  if (dtype_of(t) != dtype_of(like)) fail(op, name, " must have the dtype of ", like_name);
-  if (t.get_device_index() != like.get_device_index()) fail(op, name, " must be on the device of ", like_name);
+  if (t.dtype() != like.dtype()) fail(op, name, " must have the dtype of ", like_name);
+  if (t.device() != like.device()) fail(op, name, " must be on the device of ", like_name);
 }
 
 // ---- outputs --------------------------------------------------------------------------------------------
@@ -134,13 +188,14 @@ Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t
 
 Tensor empty_contiguous(const Tensor& like, int32_t dtype) {
   std::array<int64_t, kMaxDims> strides;
-  const auto sizes = like.sizes();
+  const int64_t* const sizes = like.sizes();
+  const int64_t dims = like.dim();
   int64_t stride = 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
+  for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  return empty(sizes.data(), strides.data(), sizes.size(), dtype, like.get_device_index());
+  return empty(sizes, strides.data(), dims, dtype, like.device());
 }
 
 struct QuantOptions {
@@ -173,8 +228,8 @@ void check_quant(const char* op, const QuantOptions& options, int64_t cols) {
 // Codes like x, and scales in the layout asked for: row_major contiguous, column_major with tokens adjacent and
 // a pitch of num_tokens (column_major_tma: rounded up to 16 bytes) between groups.
 QuantOut empty_quantized(const Rows& x, const QuantOptions& options) {
-  const auto x_sizes = x.keep.sizes();
-  const int64_t dims = static_cast<int64_t>(x_sizes.size());
+  const int64_t* const x_sizes = x.keep.sizes();
+  const int64_t dims = x.keep.dim();
   const int64_t groups = x.cols / options.group_size;
   const bool row_major = options.layout == "row_major";
   int64_t pitch = x.rows > 0 ? x.rows : 1;
@@ -191,10 +246,10 @@ QuantOut empty_quantized(const Rows& x, const QuantOptions& options) {
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
   QuantOut out{empty_contiguous(x.keep, aoti_torch_dtype_float8_e4m3fn()),
-               empty(sizes.data(), strides.data(), dims, aoti_torch_dtype_float32(), x.keep.get_device_index()),
+               empty(sizes.data(), strides.data(), dims, aoti_torch_dtype_float32(), x.keep.device()),
                {}};
-  out.raw.codes = static_cast<uint8_t*>(out.codes.mutable_data_ptr());
-  out.raw.scale = static_cast<float*>(out.scale.mutable_data_ptr());
+  out.raw.codes = static_cast<uint8_t*>(out.codes.data());
+  out.raw.scale = static_cast<float*>(out.scale.data());
   out.raw.row_stride = row_major ? groups : 1;
   out.raw.group_stride = row_major ? 1 : pitch;
   out.raw.group_size = static_cast<int>(options.group_size);
@@ -233,7 +288,7 @@ void check_launch(const char* op, cudaError_t error) {
   throw std::runtime_error(std::string("custom_ops_cuda::") + op + ": launch failed: " + cudaGetErrorString(error));
 }
 
-void put(StableIValue& slot, const Tensor& t) { slot = torch::stable::detail::from(t); }
+void put(StableIValue& slot, Tensor& t) { slot = torch::stable::detail::from(t.release()); }
 
 // ---- ops ------------------------------------------------------------------------------------------------
 
@@ -251,9 +306,9 @@ void group_quant(StableIValue* stack, uint64_t, uint64_t) {
   const QuantOptions options{take_int(stack[1]), take_string(stack[2]), take_double(stack[3])};
   const Dtype dtype = float16_of(kGroupQuant, "x", x.keep);
   check_quant(kGroupQuant, options, x.cols);
-  const int32_t device = x.keep.get_device_index();
+  const int32_t device = x.keep.device();
   const DeviceGuard guard(device);
-  const QuantOut out = empty_quantized(x, options);
+  QuantOut out = empty_quantized(x, options);
   check_launch(kGroupQuant,
                custom_ops::group_quant(dtype, x.matrix, x.rows, x.cols, out.raw, current_stream(device)));
   put(stack[0], out.codes);
@@ -270,20 +325,20 @@ void silu_mul(StableIValue* stack, uint64_t, uint64_t) {
   if (Quant) options = {take_int(stack[2]), take_string(stack[3]), take_double(stack[4])};
   const Dtype dtype = float16_of(op, "gate", gate_tensor);
   check_same_shape(op, "up", up_tensor, "gate", gate_tensor);
-  const int32_t device = gate_tensor.get_device_index();
+  const int32_t device = gate_tensor.device();
   const DeviceGuard guard(device);
   const Rows gate = as_rows(op, "gate", std::move(gate_tensor));
   const Rows up = as_rows(op, "up", std::move(up_tensor));
   if (Quant) {
     check_quant(op, options, gate.cols);
-    const QuantOut out = empty_quantized(gate, options);
+    QuantOut out = empty_quantized(gate, options);
     check_launch(op, custom_ops::silu_mul_group_quant(dtype, gate.matrix, up.matrix, gate.rows, gate.cols, out.raw,
                                                       current_stream(device)));
     put(stack[0], out.codes);
     put(stack[1], out.scale);
   } else {
-    const Tensor out = empty_contiguous(gate.keep, dtype_of(gate.keep));
-    check_launch(op, custom_ops::silu_mul(dtype, gate.matrix, up.matrix, out.mutable_data_ptr(), gate.rows,
+    Tensor out = empty_contiguous(gate.keep, gate.keep.dtype());
+    check_launch(op, custom_ops::silu_mul(dtype, gate.matrix, up.matrix, out.data(), gate.rows,
                                           gate.cols, current_stream(device)));
     put(stack[0], out);
   }
@@ -298,18 +353,18 @@ custom_ops::WeightMode weight_mode(const char* op, const std::string& name) {
 
 custom_ops::Weight norm_weight(const char* op, const Tensor& weight, const Tensor& x, int64_t cols,
                                custom_ops::WeightMode mode) {
-  if (weight.dim() != 1 || weight.size(0) != cols || (cols > 1 && weight.stride(0) != 1)) {
+  if (weight.dim() != 1 || weight.sizes()[0] != cols || (cols > 1 && weight.strides()[0] != 1)) {
     fail(op, "weight must be contiguous of shape [", cols, "]");
   }
-  if (weight.get_device_index() != x.get_device_index()) fail(op, "weight must be on the device of x");
-  const bool same = dtype_of(weight) == dtype_of(x);
-  if (!same && dtype_of(weight) != aoti_torch_dtype_float32()) {
+  if (weight.device() != x.device()) fail(op, "weight must be on the device of x");
+  const bool same = weight.dtype() == x.dtype();
+  if (!same && weight.dtype() != aoti_torch_dtype_float32()) {
     fail(op, "weight must have the dtype of x or be float32");
   }
   if (!same && mode == custom_ops::WeightMode::rounded) {
     fail(op, "weight must have the dtype of x for weight_mode 'rounded'");
   }
-  return {weight.const_data_ptr(), !same, mode};
+  return {weight.data(), !same, mode};
 }
 
 // (x, [residual,] weight, eps, [group_size,] weight_mode, [scale_layout, min_amax])
@@ -333,7 +388,7 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
 
   const Dtype dtype = float16_of(op, "x", x_tensor);
   if (Add) check_same_shape(op, "residual", residual_tensor, "x", x_tensor);
-  const int32_t device = x_tensor.get_device_index();
+  const int32_t device = x_tensor.device();
   const DeviceGuard guard(device);
   const Rows x = as_rows(op, "x", std::move(x_tensor));
   custom_ops::NormArgs args{};
@@ -347,20 +402,20 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   Tensor residual_out;
   if (Add) {
     residual = as_rows(op, "residual", std::move(residual_tensor));
-    residual_out = empty_contiguous(x.keep, dtype_of(x.keep));
+    residual_out = empty_contiguous(x.keep, x.keep.dtype());
     args.residual = residual.matrix;
-    args.residual_out = residual_out.mutable_data_ptr();
+    args.residual_out = residual_out.data();
   }
   if (Quant) {
     check_quant(op, options, x.cols);
-    const QuantOut out = empty_quantized(x, options);
+    QuantOut out = empty_quantized(x, options);
     args.quantized = out.raw;
     check_launch(op, custom_ops::rms_norm(dtype, args, current_stream(device)));
     put(stack[0], out.codes);
     put(stack[1], out.scale);
   } else {
-    const Tensor out = empty_contiguous(x.keep, dtype_of(x.keep));
-    args.out = out.mutable_data_ptr();
+    Tensor out = empty_contiguous(x.keep, x.keep.dtype());
+    args.out = out.data();
     check_launch(op, custom_ops::rms_norm(dtype, args, current_stream(device)));
     put(stack[0], out);
   }

@@ -120,27 +120,39 @@ __device__ __forceinline__ void group_quantize(const Vec<T, N> (&v)[R], int grou
   }
 }
 
-template <typename C>
-__device__ __forceinline__ void store_codes(C codes, int64_t row, int64_t col, int64_t cols, const Quantized& out) {
-  *reinterpret_cast<C*>(out.codes + row * cols + col) = codes;
+// Where a lane stores its codes of one row, and the scale of its group if it is the group's first lane.
+struct QuantizedAt {
+  uint8_t* codes;
+  float* scale;  // nullptr in the group's other lanes
+};
+
+__device__ __forceinline__ QuantizedAt quantized_at(const Quantized& out, int64_t row, int64_t col, int64_t cols) {
+  QuantizedAt at{out.codes + row * cols + col, nullptr};
+  if ((col & (out.group_size - 1)) == 0) {
+    const int64_t group = col >> (out.group_size == 128 ? 7 : 6);
+    at.scale = out.scale + row * out.row_stride + group * out.group_stride;
+  }
+  return at;
 }
 
-// Stores the scales that a lane holds for its group in R consecutive rows, if it is the group's first lane.
-// Column-major scales of consecutive rows are neighbours, and go out together where they are aligned.
-template <int R>
-__device__ __forceinline__ void store_scales(const float (&scale)[R], int64_t row, int64_t col, int64_t rows,
-                                             const Quantized& out) {
-  if (col & (out.group_size - 1)) return;
-  const int64_t group = col >> (out.group_size == 128 ? 7 : 6);
-  float* const p = out.scale + row * out.row_stride + group * out.group_stride;
-  if (R > 1 && out.row_stride == 1 && out.group_stride % R == 0 && row + R <= rows) {
-    if constexpr (R == 2) *reinterpret_cast<float2*>(p) = make_float2(scale[0], scale[1]);
-    if constexpr (R == 4) *reinterpret_cast<float4*>(p) = make_float4(scale[0], scale[1], scale[2], scale[3]);
+// Stores what a lane has of R consecutive rows, `left` of which exist. Column-major scales of consecutive rows are
+// neighbours, and go out together where they are aligned.
+template <int R, typename C>
+__device__ __forceinline__ void store_quantized(const C (&codes)[R], const float (&scale)[R], const QuantizedAt& at,
+                                                int64_t left, int64_t cols, const Quantized& out) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    if (i < left) *reinterpret_cast<C*>(at.codes + i * cols) = codes[i];
+  }
+  if (at.scale == nullptr) return;
+  if (R > 1 && out.row_stride == 1 && out.group_stride % R == 0 && R <= left) {
+    if constexpr (R == 2) *reinterpret_cast<float2*>(at.scale) = make_float2(scale[0], scale[1]);
+    if constexpr (R == 4) *reinterpret_cast<float4*>(at.scale) = make_float4(scale[0], scale[1], scale[2], scale[3]);
     return;
   }
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (row + i < rows) p[i * out.row_stride] = scale[i];
+    if (i < left) at.scale[i * out.row_stride] = scale[i];
   }
 }
 

@@ -21,13 +21,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const T* const p = x + (at.row + i) * stride + at.col;
-    if (at.row + i >= rows) {
+    if (i >= at.left) {
       v[i] = zero_vec<T, N>();
     } else {
       v[i] = Aligned ? load_const<T, N>(p) : load_scalar<T, N>(p, N);
     }
   }
-  quantize_rows(v, at, rows, cols, out);
+  const QuantizedAt to = early_quantized_at(out, at, cols);
+  quantize_rows(v, to, at.left, cols, out);
 }
 
 template <typename T, int N, int R, bool Aligned>
@@ -56,9 +57,12 @@ cudaError_t launch(Matrix x, int64_t rows, int64_t cols, const Quantized& out, c
 
 cudaError_t group_quant(Dtype dtype, Matrix x, int64_t rows, int64_t cols, const Quantized& out,
                         cudaStream_t stream) {
-  if (rows == 0 || cols == 0) return cudaSuccess;
-  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16>(x, rows, cols, out, stream)
-                                  : launch<__half>(x, rows, cols, out, stream);
+  return for_row_slices(rows, cols, [&](int64_t first, int64_t count) {
+    const Matrix slice = rows_from(x, first);
+    const Quantized to = rows_from(out, first, cols);
+    return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16>(slice, count, cols, to, stream)
+                                    : launch<__half>(slice, count, cols, to, stream);
+  });
 }
 
 }  // namespace custom_ops

@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormArgs p) {
     const int64_t col = static_cast<int64_t>(vec) * kVec;
     if (row >= p.rows || vec >= vecs) continue;
     if (Quant) {
-      store_codes(codes[i], row, col, p.cols, p.quantized);
+      const uint2 code[1] = {codes[i]};
       const float one[1] = {scale[i]};
-      store_scales(one, row, col, p.rows, p.quantized);
+      store_quantized(code, one, quantized_at(p.quantized, row, col, p.cols), 1, p.cols, p.quantized);
     } else {
       store_vec(static_cast<T*>(p.out) + row * p.cols + col, h[i]);
     }
@@ -251,8 +251,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(NormArgs p, bool 
       float scale[1];
       group_quantize(one, p.quantized.group_size, p.quantized.min_amax, codes, scale);
       if (vec >= vecs) continue;
-      store_codes(codes[0], row, col, p.cols, p.quantized);
-      store_scales(scale, row, col, p.rows, p.quantized);
+      store_quantized(codes, scale, quantized_at(p.quantized, row, col, p.cols), 1, p.cols, p.quantized);
     } else {
       store_any(static_cast<T*>(p.out) + row * p.cols + col, y, p.cols - col, aligned);
     }

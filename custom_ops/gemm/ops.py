@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
-from custom_ops.gemm import deep_gemm, reference
+from custom_ops.gemm import cublaslt, deep_gemm, reference
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.implementation import Implementation, triton
 from custom_ops.quantization.ops import check_device
@@ -38,9 +38,10 @@ def block_scaled_mm(
     DeepGEMM and Triton a row gives the same bits in any batch; the reference calls a BLAS, which
     promises no such thing.
 
-    Implementations: DeepGEMM (Hopper; reads "column_major_tma" scales as they are and transposes other
-    layouts with one more small kernel), Triton (any strides), reference. Raises ValueError for another
-    dtype, shape or device. Source: arXiv:2412.19437, section 3.3.2.
+    Implementations: cuBLASLt (Hopper, the few shapes that DeepGEMM is slow at), DeepGEMM (Hopper; reads
+    "column_major_tma" scales as they are and transposes other layouts with one more small kernel), Triton
+    (any strides), reference. Raises ValueError for another dtype, shape or device.
+    Source: arXiv:2412.19437, section 3.3.2.
     """
     return torch.ops.custom_ops.block_scaled_mm(a, a_scale, b, b_scale, out_dtype=out_dtype)
 
@@ -94,12 +95,12 @@ def _empty(
 def preferred_scale_layout(device: torch.device | str | int | None = None) -> str:
     """The scale layout of a that block_scaled_mm reads fastest on a device.
 
-    "column_major_tma" where DeepGEMM would run, else "row_major".
+    "column_major_tma" where DeepGEMM or cuBLASLt would run, else "row_major".
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return "column_major_tma" if "deep_gemm" in OP.usable(where) else "row_major"
+    return "column_major_tma" if {"cublaslt", "deep_gemm"} & set(OP.usable(where)) else "row_major"
 
 
 OP = library.define(
@@ -109,6 +110,9 @@ OP = library.define(
     empty=_empty,
     reference=reference.block_scaled_mm,
     implementations=(
+        Implementation(
+            "cublaslt", lambda: cublaslt.block_scaled_mm, cublaslt.unavailable, cublaslt.unsupported
+        ),
         Implementation(
             "deep_gemm",
             lambda: deep_gemm.block_scaled_mm,

@@ -118,6 +118,11 @@ def _build_at(barrier: multiprocessing.synchronize.Barrier) -> None:
     cuda_build.build([ARCH])
 
 
+# pytest has other threads, which a child that only compiles does not miss.
+FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@FORKS
 def test_eight_processes_compile_once(nvcc: Path) -> None:
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(8)
@@ -131,6 +136,7 @@ def test_eight_processes_compile_once(nvcc: Path) -> None:
     assert built().exists()
 
 
+@FORKS
 def test_killed_builder(nvcc: Path) -> None:
     (nvcc / "wait").touch()
     builder = os.fork()

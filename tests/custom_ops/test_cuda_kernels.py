@@ -421,6 +421,12 @@ def test_device_of_the_tensor(ops) -> None:
 
 X = {"device": "cuda", "dtype": torch.bfloat16}
 BAD = {
+    "must be on a CUDA device": lambda ops: ops.rms_norm(
+        torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, **X), EPS
+    ),
+    "on the device of": lambda ops: ops.rms_norm(
+        torch.ones(2, 8, **X), torch.ones(8, dtype=torch.bfloat16), EPS
+    ),
     "group_size": lambda ops: ops.group_quant(torch.ones(2, 256, **X), 32),
     "multiple of group_size": lambda ops: ops.group_quant(torch.ones(2, 100, **X), 128),
     "scale_layout": lambda ops: ops.group_quant(torch.ones(2, 128, **X), 128, scale_layout="row"),

@@ -27,3 +27,12 @@ def fresh_reports() -> Iterator[None]:
     yield
     torch.compiler.reset()
     reporting.reset_reports()
+
+
+@pytest.fixture(scope="module")
+def empty_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor's and our own caches hold nothing from before."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("TORCHINDUCTOR_CACHE_DIR", "CUSTOM_OPS_CACHE_DIR"):
+            patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
+        yield

@@ -1,0 +1,243 @@
+"""quantize_ and its checkpoints: the values against float64, what is replaced, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import fusion_passes
+from fusion_passes.quantize import Fp8BlockLinear, dequantize_weight, load_fp8_block_, quantize_, quantize_weight
+from tests.fusion_passes.helpers import FP8, everything, fuse_all, random
+
+pytestmark = pytest.mark.usefixtures("references")
+
+features = st.sampled_from((1, 64, 100, 128, 129, 200, 256, 300))
+dtypes = st.sampled_from((torch.bfloat16, torch.float16))
+
+
+def exact_scale(block: torch.Tensor, least: float = 1e-10) -> float:
+    """The scale of a block in float32 steps: the largest magnitude over 448, rounded once."""
+    amax = max(float(block.double().abs().max()), float(torch.tensor(least)))
+    return float(torch.tensor(amax / 448.0, dtype=torch.float64).float())
+
+
+@given(rows=features, columns=features, dtype=dtypes, seed=st.integers(0, 9), magnitude=st.sampled_from((1.0, 1e-4, 30.0)))
+def test_each_block_of_a_weight_has_its_scale(rows, columns, dtype, seed, magnitude):
+    weight = (random(rows, columns, dtype=torch.float32, seed=seed) * magnitude).to(dtype)
+    codes, scale = quantize_weight(weight)
+    assert (codes.shape, codes.dtype, scale.dtype) == (weight.shape, FP8, torch.float32)
+    assert scale.shape == (math.ceil(rows / 128), math.ceil(columns / 128))
+    assert codes.is_contiguous()
+    assert scale.is_contiguous()
+    for i, j in ((0, 0), (scale.shape[0] - 1, scale.shape[1] - 1)):
+        here = slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128)
+        expected = exact_scale(weight[here])
+        assert float(scale[i, j]) == pytest.approx(expected, rel=2**-23)
+        # the largest magnitude is 448, the largest code; half a step there is 16
+        error = (codes[here].double() * float(scale[i, j]) - weight[here].double()).abs()
+        assert float(codes[here].float().abs().max()) == 448.0
+        assert bool((error <= torch.maximum(weight[here].double().abs() * 2**-4, torch.tensor(float(scale[i, j]) * 2**-10))).all())
+
+
+def test_a_weight_of_zeros():
+    codes, scale = quantize_weight(torch.zeros(128, 256, dtype=torch.bfloat16))
+    assert torch.equal(codes.float(), torch.zeros(128, 256))
+    assert torch.equal(scale, torch.full((1, 2), 1e-10) / 448.0)
+
+
+@given(inputs=features, outputs=features, bias=st.booleans(), dtype=dtypes, lead=st.sampled_from(((), (1,), (3,), (2, 2), (0,))))
+def test_the_forward_is_what_its_words_mean(inputs, outputs, bias, dtype, lead):
+    """Dequantized operands multiplied in float64; eager rounds the operands once, and the result."""
+    linear = nn.Linear(inputs, outputs, bias, dtype=dtype)
+    module, x = Fp8BlockLinear.from_linear(linear), random(*lead, inputs, dtype=dtype)
+    out = module(x)
+    assert (out.shape, out.dtype) == ((*lead, outputs), dtype)
+    blocks = module.weight_scale_inv.double().repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1)[:, :inputs]
+    weight = module.weight.double() * blocks
+    rows = []
+    for row in x.reshape(-1, inputs).double():
+        for start in range(0, inputs, 128):
+            scale = exact_scale(row[start : start + 128])
+            q = torch.tensor([float(v) for v in (row[start : start + 128] / scale).float()]).to(FP8)
+            row[start : start + 128] = q.double() * scale
+        rows.append(row)
+    if not rows:
+        return
+    exact = torch.stack(rows) @ weight.T + (linear.bias.detach().double() if bias else 0)
+    steps = torch.finfo(dtype).eps
+    bound = 3 * steps * (torch.stack(rows).abs() @ weight.T.abs()) + 2 * steps * exact.abs() + 1e-6
+    flipped = 0.02 * (torch.stack(rows).abs() @ weight.T.abs())  # a code on the edge may round either way
+    assert bool(((out.reshape(-1, outputs).double() - exact).abs() <= bound + flipped).all())
+
+
+@given(inputs=st.sampled_from((128, 256)), outputs=st.sampled_from((64, 128, 200)), bias=st.booleans(), dtype=dtypes)
+def test_it_becomes_a_block_scaled_gemm(inputs, outputs, bias, dtype):
+    module = Fp8BlockLinear.from_linear(nn.Linear(inputs, outputs, bias, dtype=dtype)).eval()
+    assert fuse_all(module, random(5, inputs, dtype=dtype)).report.matches == {"block_scaled_linear": 1, "group_quant": 1}
+
+
+def test_dequantization_rounds_once():
+    codes, scale = quantize_weight(random(200, 300))
+    blocks = scale.double().repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    assert torch.equal(dequantize_weight(codes, scale, torch.float32), (codes.double() * blocks).float())
+    assert dequantize_weight(codes, scale, torch.bfloat16).dtype is torch.bfloat16
+
+
+class Model(nn.Module):
+    """Tied embeddings, a projection that keeps its bias, an output projection."""
+
+    def __init__(self, tied: bool = False, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.embed = nn.Embedding(40, 64, dtype=dtype)
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=bool(i), dtype=dtype) for i in range(2))
+        self.head = nn.Linear(64, 40, bias=False, dtype=dtype)
+        self.lm_head = nn.Linear(64, 40, bias=False, dtype=dtype)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules() if name and "Linear" in type(module).__name__}
+
+
+def test_linears_are_replaced_in_place():
+    model = Model()
+    before = model(torch.arange(8))
+    assert fusion_passes.quantize_(model) is model
+    assert kinds(model) == {"layers.0": "Fp8BlockLinear", "layers.1": "Fp8BlockLinear", "head": "Fp8BlockLinear", "lm_head": "Linear"}
+    assert model.layers[0].bias is None
+    assert model.layers[1].bias is not None
+    assert not list(model.layers.parameters())  # nothing to train is left in them
+    error = (model(torch.arange(8)).double() - before.double()).norm() / before.double().norm()
+    assert 0 < float(error) < 0.1
+    assert "64 -> 64, float8_e4m3fn, 128 x 128 blocks" in repr(model)
+
+
+def test_tied_weights_are_left_alone():
+    model = quantize_(Model(tied=True))
+    assert kinds(model)["head"] == "Linear"
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_filter_has_the_last_word():
+    model = quantize_(Model(), filter=lambda name, linear: name in ("layers.1", "lm_head") and linear.out_features > 0)
+    assert kinds(model) == {"layers.0": "Linear", "layers.1": "Fp8BlockLinear", "head": "Linear", "lm_head": "Fp8BlockLinear"}
+
+
+def test_the_model_itself_may_be_a_linear_of_another_class():
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(Mine(64, 64, dtype=torch.bfloat16), nn.Linear(64, 64, dtype=torch.bfloat16))
+    assert kinds(quantize_(model)) == {"0": "Mine", "1": "Fp8BlockLinear"}  # a subclass may mean something else
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (Model, {"scheme": "fp8"}, ["scheme", "'fp8'", "'fp8_block'"]),
+        (lambda: Model(dtype=torch.float32), {}, ["layers.0.weight", "torch.float32", "torch.bfloat16, torch.float16"]),
+        (lambda: nn.Sequential(nn.ReLU()), {}, ["no torch.nn.Linear"]),
+        (Model, {"filter": lambda name, linear: False}, ["no torch.nn.Linear"]),
+        (lambda: nn.Linear(64, 64, dtype=torch.bfloat16), {}, ["Linear"]),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(make, arguments, words):
+    model = make()
+    with pytest.raises(ValueError, match=".*".join(map(_escaped, words))):
+        quantize_(model, **arguments)
+    assert not any(isinstance(module, Fp8BlockLinear) for module in model.modules())
+
+
+def _escaped(text: str) -> str:
+    return text.replace(".", r"\.")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = quantize_(Model())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", tensors
+
+
+def untouched() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    model = quantize_(Model())
+    return model, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    own = model.state_dict()
+    return own.keys() == tensors.keys() and all(torch.equal(own[k].view(torch.uint8), tensors[k].view(torch.uint8)) for k in own)
+
+
+@pytest.mark.parametrize("kind", ["path", "string", "mapping"])
+def test_a_checkpoint_round_trip(checkpoint, kind):
+    path, tensors = checkpoint
+    assert {n: t.dtype for n, t in tensors.items() if n.startswith("layers.1")} == {
+        "layers.1.weight": FP8,
+        "layers.1.weight_scale_inv": torch.float32,
+        "layers.1.bias": torch.bfloat16,
+    }
+    model, before = untouched()
+    assert not same(model, tensors)
+    assert load_fp8_block_(model, {"path": path, "string": str(path), "mapping": tensors}[kind]) is model
+    assert same(model, tensors)
+    assert before.keys() == tensors.keys()
+
+
+BAD = {
+    "shape": ({"layers.0.weight": torch.zeros(64, 128).to(FP8)}, ValueError, r"layers\.0\.weight has shape \(64, 128\); accepted: \(64, 64\)"),
+    "scale shape": ({"layers.0.weight_scale_inv": torch.ones(2, 1)}, ValueError, r"weight_scale_inv has shape \(2, 1\); accepted: \(1, 1\)"),
+    "dtype": ({"layers.0.weight": torch.zeros(64, 64, dtype=torch.bfloat16)}, ValueError, r"layers\.0\.weight is torch\.bfloat16; accepted: torch\.float8_e4m3fn"),
+    "other float8": ({"layers.0.weight": torch.zeros(64, 64).to(torch.float8_e5m2)}, ValueError, r"torch\.float8_e5m2; accepted: torch\.float8_e4m3fn"),
+    "codes for a plain weight": ({"embed.weight": torch.zeros(40, 64).to(FP8)}, ValueError, r"embed\.weight is torch\.float8_e4m3fn; accepted: torch\.bfloat16"),
+    "16-bit scale": ({"layers.0.weight_scale_inv": torch.ones(1, 1, dtype=torch.bfloat16)}, ValueError, r"weight_scale_inv is torch\.bfloat16; accepted: torch\.float32"),
+    "missing": ({"layers.0.weight_scale_inv": None}, KeyError, r"missing: layers\.0\.weight_scale_inv; unexpected: none"),
+    "unexpected": ({"layers.7.weight": torch.zeros(1)}, KeyError, r"missing: none; unexpected: layers\.7\.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(checkpoint, what):
+    changes, error, words = BAD[what]
+    tensors = {name: tensor for name, tensor in {**checkpoint[1], **changes}.items() if tensor is not None}
+    model, before = untouched()
+    with pytest.raises(error, match=words):
+        load_fp8_block_(model, tensors)
+    assert same(model, before)
+
+
+def test_not_strict_loads_what_there_is(checkpoint):
+    tensors = {name: tensor for name, tensor in checkpoint[1].items() if name.startswith("layers.0")}
+    model, before = untouched()
+    load_fp8_block_(model, {**tensors, "rotary.inv_freq": torch.zeros(3)}, strict=False)
+    assert same(model, {**before, **tensors})
+
+
+def test_a_loaded_model_is_fused(checkpoint):
+    model = load_fp8_block_(quantize_(nn.Sequential(nn.Linear(128, 128, dtype=torch.bfloat16))), _one_linear())
+    result = fuse_all(model.eval(), random(3, 128), only=[fusion.name for fusion in everything()])
+    assert result.report.matches == {"block_scaled_linear": 1, "group_quant": 1}
+    assert result.report.sites[0].module.startswith("0")
+
+
+def _one_linear() -> dict[str, torch.Tensor]:
+    codes, scale = quantize_weight(random(128, 128, seed=5))
+    return {"0.weight": codes, "0.weight_scale_inv": scale, "0.bias": random(128)}
