@@ -118,6 +118,31 @@ def tune(folder: Folder = FOLDER, out: Annotated[Path | None, typer.Option()] = 
         console.print(path)
 
 
+@app.command("compile-time")
+def compile_time(
+    layers: int = 32,
+    repeats: int = 3,
+    out: Annotated[Path, typer.Option(help="folder for the JSON file")] = FOLDER,
+) -> None:
+    """Compile a Llama of --layers on the CPU with the plugin and with stock Inductor, from empty caches."""
+    import torch
+
+    from bench import compile_time as compiling
+
+    timer = "wall clock of the first call less a warm one, empty caches, median"
+    session = results.describe("compile", torch.device("cpu"), timer, 0.0)
+    for scheme in compiling.SCHEMES:
+        seconds = compiling.measure(scheme, layers, repeats)
+        micros = {"plugin": 1e6 * seconds["fusion_passes"], "inductor": 1e6 * seconds["inductor"]}
+        ratios = {"of_inductor": micros["inductor"] / micros["plugin"]}
+        session.rows.append(
+            Row(f"compile_llama_{scheme}", {"layers": layers}, warm_us=micros, ratios=ratios)
+        )
+    path = session.save(out)
+    _print(session, session.rows)
+    console.print(f"written to {path}")
+
+
 @app.command()
 def readme(
     check: Annotated[bool, typer.Option("--check", help="fail when README.md is stale")] = False,

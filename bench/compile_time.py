@@ -34,7 +34,9 @@ def compile_once(backend: str, scheme: str, layers: int) -> float:
         fusion_passes.quantize_(model, "fp8_block")
     ids = torch.randint(0, 256, (1, 16))
     compiled = torch.compile(model, backend=plugin if backend == "fusion_passes" else backend)
-    torch.compile(lambda x: x + 1)(torch.zeros(2))  # imports Inductor and starts its compile workers
+    torch.compile(lambda x: x + 1)(
+        torch.zeros(2)
+    )  # imports Inductor and starts its compile workers
     with torch.no_grad():
         start = time.perf_counter()
         compiled(ids, use_cache=False)
@@ -52,6 +54,7 @@ def measure(scheme: str, layers: int, repeats: int) -> dict[str, float]:
                 environment = os.environ | {
                     "TORCHINDUCTOR_CACHE_DIR": cache,
                     "CUSTOM_OPS_CACHE_DIR": cache,
+                    "FUSION_PASSES": "all",
                     "FUSION_PASSES_ALLOW_REFERENCE": "1",
                 }
                 command = [sys.executable, "-m", "bench.compile_time", backend, scheme, str(layers)]

@@ -136,12 +136,20 @@ def test_a_filter_has_the_last_word():
     assert kinds(model) == {"layers.0": "Linear", "layers.1": "Fp8BlockLinear", "head": "Linear", "lm_head": "Fp8BlockLinear"}
 
 
-def test_the_model_itself_may_be_a_linear_of_another_class():
-    class Mine(nn.Linear):
+def test_a_subclass_may_mean_something_else():
+    class MyLinear(nn.Linear):
         pass
 
-    model = nn.Sequential(Mine(64, 64, dtype=torch.bfloat16), nn.Linear(64, 64, dtype=torch.bfloat16))
-    assert kinds(quantize_(model)) == {"0": "Mine", "1": "Fp8BlockLinear"}  # a subclass may mean something else
+    model = nn.Sequential(MyLinear(64, 64, dtype=torch.bfloat16), nn.Linear(64, 64, dtype=torch.bfloat16))
+    assert kinds(quantize_(model)) == {"0": "MyLinear", "1": "Fp8BlockLinear"}
+
+
+def test_a_model_without_data_yet():
+    """Made on the meta device, to be filled from a checkpoint: no two of its weights are one."""
+    with torch.device("meta"):
+        model = Model(tied=True)
+    assert kinds(quantize_(model)) == {"layers.0": "Fp8BlockLinear", "layers.1": "Fp8BlockLinear", "head": "Linear", "lm_head": "Linear"}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,6 @@ BAD = {
     "dtype": ({"layers.0.weight": torch.zeros(64, 64, dtype=torch.bfloat16)}, ValueError, r"layers\.0\.weight is torch\.bfloat16; accepted: torch\.float8_e4m3fn"),
     "other float8": ({"layers.0.weight": torch.zeros(64, 64).to(torch.float8_e5m2)}, ValueError, r"torch\.float8_e5m2; accepted: torch\.float8_e4m3fn"),
     "codes for a plain weight": ({"embed.weight": torch.zeros(40, 64).to(FP8)}, ValueError, r"embed\.weight is torch\.float8_e4m3fn; accepted: torch\.bfloat16"),
-    "16-bit scale": ({"layers.0.weight_scale_inv": torch.ones(1, 1, dtype=torch.bfloat16)}, ValueError, r"weight_scale_inv is torch\.bfloat16; accepted: torch\.float32"),
     "missing": ({"layers.0.weight_scale_inv": None}, KeyError, r"missing: layers\.0\.weight_scale_inv; unexpected: none"),
     "unexpected": ({"layers.7.weight": torch.zeros(1)}, KeyError, r"missing: none; unexpected: layers\.7\.weight"),
 }  # fmt: skip
@@ -222,6 +229,14 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(checkpoint, what):
     with pytest.raises(error, match=words):
         load_fp8_block_(model, tensors)
     assert same(model, before)
+
+
+def test_scales_in_16_bits_are_widened(checkpoint):
+    """As Qwen3-FP8 checkpoints have them."""
+    scale = torch.full((1, 1), 0.0123, dtype=torch.bfloat16)
+    model = load_fp8_block_(untouched()[0], {**checkpoint[1], "layers.0.weight_scale_inv": scale})
+    assert model.layers[0].weight_scale_inv.dtype is torch.float32
+    assert torch.equal(model.layers[0].weight_scale_inv, scale.float())
 
 
 def test_not_strict_loads_what_there_is(checkpoint):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import custom_ops
-from custom_ops.gemm import deep_gemm
+from custom_ops.gemm import cublaslt, deep_gemm
 from custom_ops.gemm.reference import dequantize_blocks, dequantize_rows
 from custom_ops.scales import SCALE_LAYOUTS, to_layout
 from fusion_passes.testing.strategies import (
@@ -174,8 +174,12 @@ class TestDeepGemm:
 
     def test_against_float64(self, m, n, k):
         args = self.operands(m, n, k)
-        assert custom_ops.explain("block_scaled_mm", *args).implementation.name == "deep_gemm"
-        assert_close(custom_ops.block_scaled_mm(*args), args, NORMAL_DATA_ROUNDOFF)
+        chosen = custom_ops.explain("block_scaled_mm", *args).implementation.name
+        assert chosen in ("cublaslt", "deep_gemm")
+        out = custom_ops.block_scaled_mm(*args)
+        assert_close(out, args, NORMAL_DATA_ROUNDOFF)
+        # either may be chosen for a row, depending on its batch
+        assert_same_bits(out, deep_gemm.block_scaled_mm(*args, out_dtype=torch.bfloat16))
         assert_close(triton(*args), args, NORMAL_DATA_ROUNDOFF)
 
     def test_layouts_of_the_scale_give_the_same_bits(self, m, n, k):
@@ -189,6 +193,41 @@ class TestDeepGemm:
         whole = custom_ops.block_scaled_mm(a, a_scale, b, b_scale)
         alone = custom_ops.block_scaled_mm(a[-1:], a_scale[-1:].clone(), b, b_scale)
         assert_same_bits(alone, whole[-1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1024, 4096, 4096), (4096, 1024, 4096), (516, 4096, 2048)]
+)
+def test_cublaslt_takes_one_wave_of_large_tiles_with_the_bits_of_deep_gemm(m, n, k):
+    if reason := cublaslt.unavailable(torch.device("cuda", 0)) or deep_gemm.unavailable(
+        torch.device("cuda", 0)
+    ):
+        pytest.skip(f"cuBLASLt against DeepGEMM {reason}")
+    args = TestDeepGemm.operands(m, n, k)
+    assert custom_ops.explain("block_scaled_mm", *args).implementation.name == "cublaslt"
+    expected = deep_gemm.block_scaled_mm(*args, out_dtype=torch.bfloat16)
+    assert_same_bits(custom_ops.block_scaled_mm(*args), expected)
+
+
+def test_cublaslt_leaves_what_it_cannot_take():
+    """On a CPU the reasons that depend on shapes alone."""
+    a, b = (
+        torch.zeros(6, 1024).to(torch.float8_e4m3fn),
+        torch.zeros(256, 1024).to(torch.float8_e4m3fn),
+    )
+    a_scale, b_scale = torch.ones(6, 8), torch.ones(2, 8)
+    assert "divisible by 4" in cublaslt.unsupported(
+        a, a_scale, b, b_scale, out_dtype=torch.bfloat16
+    )
+    assert "column-major" in cublaslt.unsupported(
+        a[:4], a_scale[:4], b, b_scale, out_dtype=torch.bfloat16
+    )
+    assert "out_dtype" in cublaslt.unsupported(a, a_scale, b, b_scale, out_dtype=torch.float16)
+    assert "multiple of 512" in cublaslt.unsupported(
+        a, a_scale, b[:200], b_scale, out_dtype=torch.bfloat16
+    )
+    assert "needs a CUDA tensor" in cublaslt.unavailable(torch.device("cpu"))
 
 
 @pytest.mark.gpu
