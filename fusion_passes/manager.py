@@ -160,9 +160,22 @@ class _Run:
         torch_internals.tidy(self.graph)
         self.recognized = recognition.recognize(self.graph, self._check_recognition)
 
-    def _check_recognition(self, match: Match, results: list[fx.Node]) -> None:
-        if self.settings.verify != "off":
+    def _check_recognition(self, match: Match, results: list[fx.Node]) -> bool:
+        return self.settings.verify == "off" or self._verified(match.fusion, match, results) is None
+
+    def _verified(self, fusion: Fusion, match: Match, results: Sequence[fx.Node]) -> str | None:
+        """The reason to undo a rewrite, after a warning; raises where the settings say so."""
+        try:
             verify.check(match, results)
+        except verify.Differs as difference:
+            if self.settings.verify == "raise":
+                raise
+            reason = f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
+            warnings.warn(
+                f"{fusion.name} at {module_path(match.outputs[0])} {reason}", stacklevel=2
+            )
+            return reason
+        return None
 
     def _one(self, fusion: Fusion) -> None:
         if fusion.transform is not None:
@@ -195,24 +208,21 @@ class _Run:
             try:
                 finished = rewrite.finish(fusion.rewrite(rewrite))
                 if self.settings.verify != "off":
-                    verify.check(match, finished)
+                    reason = self._verified(fusion, match, finished)
                 site = self._site(fusion, rewrite)
             except NotRewritten as why:
                 reason = str(why)
-            except verify.Differs as difference:
-                if self.settings.verify == "raise":
-                    raise
-                reason = f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
-                warnings.warn(f"{fusion.name} at {module_path(root)} {reason}", stacklevel=2)
+            except verify.Differs:
+                raise
             except (
                 Exception
-            ) as error:  # a fusion's own code, perhaps a third party's: the model must still run
+            ) as error:  # a fusion's own code, perhaps a third party's: the model must run
                 reason = f"undone, the rewrite raised {type(error).__name__}: {error}"
                 warnings.warn(
                     f"{fusion.name} at {module_path(root)} {reason}\n{traceback.format_exc()}",
                     stacklevel=2,
                 )
-            else:
+            if reason is None:
                 rewrite.commit(finished)
                 self.report.sites.append(site)
                 return True

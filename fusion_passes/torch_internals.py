@@ -25,6 +25,7 @@ __all__ = [
     "inductor_default",
     "inductor_mode_options",
     "is_supported",
+    "real_tensors",
     "reset_cudagraphs",
     "size_hint",
     "size_to_expr",
@@ -57,6 +58,13 @@ def _quiet_tracing() -> Iterator[None]:
     # The python dispatcher lets composite ops (linear, rms_norm) decompose the way AOTAutograd decomposes them.
     with torch.no_grad(), enable_python_dispatcher():
         yield
+
+
+def real_tensors() -> contextlib.AbstractContextManager[None]:
+    """Inside of a compilation, run operators for real: the compiler's fake and proxy modes are set aside."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def trace_pattern(

@@ -1,11 +1,8 @@
-// The ops of namespace custom_ops_cuda: schemas, argument checks, output tensors, launch. The only file that
-// knows Torch, and only its stable ABI, so that one build serves every later torch.
+// The ops of namespace custom_ops_cuda: schemas, argument checks, output tensors, launch. With tensor.h all that
+// knows Torch, and only its stable C interface: no ATen header, a second to compile.
 //
 // Functions are boxed by hand, on tensor handles: TORCH_BOX and torch::stable::Tensor would allocate twice more per
 // tensor and once more per string (which 2.11 leaks), and host time is what a small batch waits for.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <cmath>
 #include <sstream>
@@ -14,11 +11,17 @@
 #include <utility>
 
 #include "kernels.h"
+#include "tensor.h"
 
 namespace {
 
 using custom_ops::Dtype;
 using custom_ops::Matrix;
+using custom_ops::take_double;
+using custom_ops::take_int;
+using custom_ops::take_string;
+using custom_ops::take_tensor;
+using custom_ops::Tensor;
 
 constexpr int kMaxDims = 8;
 
@@ -30,81 +33,7 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// ---- tensors, and arguments off the stack ---------------------------------------------------------------
-
-// A reference to a tensor, or to none.
-class Tensor {
- public:
-  Tensor() = default;
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
-  ~Tensor() {
-    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
-  }
-
-  AtenTensorHandle get() const { return handle_; }
-  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
-
-  int64_t dim() const {
-    int64_t dim;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
-    return dim;
-  }
-  const int64_t* sizes() const {
-    int64_t* sizes;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
-    return sizes;
-  }
-  const int64_t* strides() const {
-    int64_t* strides;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
-    return strides;
-  }
-  int32_t dtype() const {
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
-    return dtype;
-  }
-  int32_t device_type() const {
-    int32_t type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
-    return type;
-  }
-  int32_t device() const {
-    int32_t index;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
-    return index;
-  }
-  void* data() const {
-    void* data;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data));
-    return data;
-  }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
-Tensor take_tensor(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
-
-double take_double(StableIValue value) { return torch::stable::detail::to<double>(value); }
-
-int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
-
-std::string take_string(StableIValue value) {
-  const auto handle = torch::stable::detail::to<StringHandle>(value);
-  const char* data = nullptr;
-  size_t length = 0;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  std::string text(data, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
-}
+// ---- arguments ------------------------------------------------------------------------------------------
 
 // The dtype of the first argument, which the others must share. It must be on a GPU: the dispatcher comes here as
 // soon as one of them is.

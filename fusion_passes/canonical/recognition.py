@@ -78,9 +78,9 @@ class Recognized:
 
 
 def recognize(
-    graph: fx.Graph, check: Callable[[Match, list[fx.Node]], None] | None = None
+    graph: fx.Graph, check: Callable[[Match, list[fx.Node]], bool] | None = None
 ) -> list[Recognized]:
-    """Put one node in the graph for each meaning. ``check`` may raise, which ends the whole recognition."""
+    """Put one node in the graph for each meaning. ``check`` says whether to, once both sides exist."""
     found = []
     for meaning in MEANINGS:
         compiled = [compile_pattern(pattern, canonical=False) for pattern in meaning.patterns]
@@ -108,8 +108,9 @@ def recognize(
             if spelling is None:
                 rewrite.abandon()
                 continue
-            if check is not None:
-                check(match, results)
+            if check is not None and not check(match, results):
+                rewrite.abandon()
+                continue
             rewrite.commit(results)
             found.append(Recognized(node, results, *spelling))
         torch_internals.tidy(graph)

@@ -1,7 +1,8 @@
 """The CUDA C++ kernels against the references, on a GPU.
 
-Group quantization equals its reference bit for bit. What holds an exp or a sum may differ from eager by what
-a float32 rounding does: the flipped codes are counted, and each is one step away.
+Group quantization equals its reference bit for bit, and silu_mul does with the expf of torch's own CUDA build.
+What holds a sum may differ from eager by what a float32 rounding does: the flipped codes are counted, and each
+is one step away.
 """
 
 from __future__ import annotations
@@ -190,22 +191,22 @@ def test_silu_mul(ops, dtype: torch.dtype) -> None:
     packed = torch.cat([gate, randn(500, 4096, dtype=dtype)], -1)
     gate, up = packed.chunk(2, -1)
     got, want = ops.silu_mul(gate, up), activation.silu_mul(gate, up)
-    # An ulp of the rounded silu is at most two of the product's. 2 ulp of float32 cross a rounding boundary
-    # of the 13 (16) bits shorter type once in 2^11 (2^14) times.
+    # Both compute the same expression; another toolkit's expf could differ by an ulp of float32, which crosses a
+    # rounding boundary of the shorter types once in 2^11 (2^14) times, and is then two ulp of the product at most.
     flips = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
     assert flips.max() <= 2
-    assert (flips > 0).float().mean() < (1e-3 if dtype == torch.float16 else 2e-4)
+    assert (flips > 0).float().mean() < 1e-4
     # Only silu's own rounding is compared with float64: the product's is the same in both.
     one = torch.ones_like(gate)
     exact = gate.double() * torch.sigmoid(gate.double())
     mean, largest = errors(ops.silu_mul(gate, one), exact)
     eager_mean, eager_largest = errors(activation.silu_mul(gate, one), exact)
     assert mean <= eager_mean * 1.00001
-    assert largest <= eager_largest * 1.0005
+    assert largest <= eager_largest * 1.00001
 
 
 def test_silu_mul_of_every_gate(ops) -> None:
-    """All 65536 bfloat16 and float16: specials equal eager's, the rest is within an ulp of it."""
+    """All 65536 bfloat16 and float16 (0 differ from eager with nvcc 13.0 and torch 2.11+cu130)."""
     for dtype in DTYPES:
         gate = (
             torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype).view(256, 256)
@@ -216,7 +217,7 @@ def test_silu_mul_of_every_gate(ops) -> None:
         assert torch.equal(nan, got.isnan())
         a, b = (t.view(torch.int16).int()[~nan] for t in (got, want))
         assert (a - b).abs().max() <= 1
-        assert (a != b).sum() <= 40
+        assert (a != b).sum() <= 4
 
 
 @pytest.mark.parametrize("cols", [1, 7, 63, 127, 128, 1000, 4099])

@@ -43,7 +43,9 @@ def everything() -> list[Fusion]:
     return list(registry().values())
 
 
-def fuse_all(fn: Callable[..., Any], *args: Any, only: Sequence[str] | None = None, **kwargs: Any) -> Result:
+def fuse_all(
+    fn: Callable[..., Any], *args: Any, only: Sequence[str] | None = None, **kwargs: Any
+) -> Result:
     """Run fusions (all, or those named) on a call; outputs must be what the semantics allow, no copy added."""
     known = registry()
     fusions = everything() if only is None else [known[name] for name in only]
@@ -58,7 +60,9 @@ def assert_same(result: Result) -> None:
     for index, (expected, actual) in enumerate(zip(result.expected, result.actual, strict=True)):
         problem = verify.difference(expected, actual, accumulated)
         assert problem is None, f"output {index}: {problem}\n{result.report}"
-        assert expected.numel() < 2 or expected.stride() == actual.stride(), f"strides of output {index}"
+        assert expected.numel() < 2 or expected.stride() == actual.stride(), (
+            f"strides of output {index}"
+        )
 
 
 def calls(graph: fx.Graph) -> list[str]:

@@ -37,10 +37,16 @@ def compiled(fn=silu_mul, backend="fusion_passes", **kwargs):
 
 
 def installed() -> bool:
-    return any(entry.name == "fusion_passes" for entry in importlib.metadata.entry_points(group="torch_dynamo_backends"))
+    return any(
+        entry.name == "fusion_passes"
+        for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")
+    )
 
 
-@pytest.mark.skipif(not installed(), reason="needs the installed package (pip install -e .): the backend is an entry point")
+@pytest.mark.skipif(
+    not installed(),
+    reason="needs the installed package (pip install -e .): the backend is an entry point",
+)
 def test_the_backend_is_found_by_name():
     assert "fusion_passes" in torch._dynamo.list_backends(exclude_tags=())
 
@@ -58,7 +64,9 @@ def test_by_default_nothing_fires_on_a_cpu():
     assert fusion_passes.report().matches == {}
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize(
+    "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+)
 def test_modes(mode):
     with settings.patch(**ON):
         assert torch.equal(compiled(mode=mode)(*GATED), silu_mul(*GATED))
@@ -81,7 +89,10 @@ def test_a_mode_sets_the_options_of_inductor(mode, monkeypatch):
 
 
 def test_options_of_inductor_stand_beside_ours():
-    assert torch.equal(compiled(options={**ON, "max_autotune": False, "triton.cudagraphs": False})(*GATED), silu_mul(*GATED))
+    assert torch.equal(
+        compiled(options={**ON, "max_autotune": False, "triton.cudagraphs": False})(*GATED),
+        silu_mul(*GATED),
+    )
     assert fusion_passes.report().matches == {"silu_mul": 1}
 
 
@@ -109,7 +120,9 @@ def test_a_misspelt_variable_is_an_error(monkeypatch):
 def test_fullgraph():
     module = ModelFragment("norm", "gemma", True, 3, 256, 128, torch.bfloat16, 0).eval()
     inputs = random(2, 3, 256), random(2, 3, 256, seed=1)
-    out = compiled(module, fullgraph=True, options={"fusions": "all", "allow_reference": True})(*inputs)
+    out = compiled(module, fullgraph=True, options={"fusions": "all", "allow_reference": True})(
+        *inputs
+    )
     for ours, eager in zip(out, module(*inputs), strict=True):
         torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
     assert fusion_passes.report().matches == module.expected
@@ -171,16 +184,26 @@ class Theirs(torch_internals.CustomGraphPass):
 @contextmanager
 def no_caches():
     """Inductor compiles each time."""
-    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
 
 
-@pytest.mark.parametrize(("backend", "how"), [("fusion_passes", "option"), ("fusion_passes", "config"), ("inductor", "config")])
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [("fusion_passes", "option"), ("fusion_passes", "config"), ("inductor", "config")],
+)
 def test_a_pass_of_the_users_still_runs(backend, how):
     theirs = {"joint_custom_pre_pass": Theirs()}
     with no_caches(), torch._inductor.config.patch(theirs if how == "config" else {}):
         options = {**ON, **(theirs if how == "option" else {})}
-        torch.compile(silu_mul, backend=backend, options=options if backend == "fusion_passes" else fusion_passes.inductor_options(**ON))(*GATED)
+        torch.compile(
+            silu_mul,
+            backend=backend,
+            options=options if backend == "fusion_passes" else fusion_passes.inductor_options(**ON),
+        )(*GATED)
     (seen,) = theirs["joint_custom_pre_pass"].seen
     assert not any("custom_ops" in target for target in seen)  # it ran first
     assert fusion_passes.report().matches == {"silu_mul": 1}
@@ -248,7 +271,14 @@ def test_report_goes_where_it_was_asked(tmp_path, capsys):
 
 def python(script: str, **environment: str) -> dict:
     """Run a script that prints JSON last, in a process of its own."""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -275,8 +305,14 @@ STOCK = "options=fusion_passes.inductor_options(**options)"
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [BACKEND, STOCK], ids=["backend", "stock Inductor"])
 def test_the_cache_of_inductor_works_across_processes(tmp_path, how):
-    where = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "CUSTOM_OPS_CACHE_DIR": str(tmp_path / "ops")}
-    on, off = (COMPILE.format(options=f"silu_mul={flag}, allow_reference=True, rms_norm=True", how=how) for flag in (True, False))
+    where = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "CUSTOM_OPS_CACHE_DIR": str(tmp_path / "ops"),
+    }
+    on, off = (
+        COMPILE.format(options=f"silu_mul={flag}, allow_reference=True, rms_norm=True", how=how)
+        for flag in (True, False)
+    )
     first = python(on, **where)
     assert first == {"hits": 0, "matches": {"silu_mul": 1}, "cached": False}
     second = python(on, **where)
@@ -308,7 +344,17 @@ deep = sorted(name for name in set(sys.modules) - before if name.startswith("tor
 print(json.dumps(dict(new=sorted(new), deep=deep, cuda=torch.cuda.is_initialized())))
 """
     found = python(script)
-    heavy = {"triton", "deep_gemm", "flashinfer", "transformers", "hypothesis", "rich", "typer", "matplotlib", "pandas"}
+    heavy = {
+        "triton",
+        "deep_gemm",
+        "flashinfer",
+        "transformers",
+        "hypothesis",
+        "rich",
+        "typer",
+        "matplotlib",
+        "pandas",
+    }
     assert not heavy & set(found["new"])
     assert found["deep"] == []
     assert found["cuda"] is False

@@ -54,7 +54,9 @@ def test_each_pattern_is_equivalent(name, drawn, dtype, seed, eps):
     scalars = {"eps": eps, "min_amax": 1e-10}
     results = assert_fusion_equivalent(fusion, sizes=drawn, dtype=dtype, seed=seed, scalars=scalars)
     assert len(results) == len(fusion.patterns)
-    assert {site.pattern for r in results for site in r.report.sites} <= {p.name for p in fusion.patterns}
+    assert {site.pattern for r in results for site in r.report.sites} <= {
+        p.name for p in fusion.patterns
+    }
 
 
 @pytest.mark.parametrize("name", [n for n in PATTERNED if n != "block_scaled_linear"])
@@ -62,21 +64,35 @@ def test_each_pattern_is_equivalent_with_symbolic_tokens(name):
     fusion = registry()[name]
     for pattern in fusion.patterns:
         only = dataclasses.replace(fusion, patterns=(pattern,))
-        inputs = fusion_passes.testing.random_inputs(pattern, {"num_tokens": 5, "hidden_size": 96, "intermediate_size": 96, "group_size": 128, "num_groups": 2})
+        inputs = fusion_passes.testing.random_inputs(
+            pattern,
+            {
+                "num_tokens": 5,
+                "hidden_size": 96,
+                "intermediate_size": 96,
+                "group_size": 128,
+                "num_groups": 2,
+            },
+        )
         tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-        for tensor, spec in zip(tensors, (s for s in pattern.inputs.values() if isinstance(s, Tensor)), strict=True):
+        for tensor, spec in zip(
+            tensors, (s for s in pattern.inputs.values() if isinstance(s, Tensor)), strict=True
+        ):
             if spec.shape[0] == "num_tokens":
                 torch._dynamo.mark_dynamic(tensor, 0)
         rest = {key: value for key, value in inputs.items() if not isinstance(value, torch.Tensor)}
         names = [key for key in inputs if key not in rest]
-        call = lambda *values, names=names, rest=rest, fn=pattern.fn: fn(**dict(zip(names, values, strict=True)), **rest)  # noqa: E731
+
+        def call(*values, names=names, rest=rest, fn=pattern.fn):
+            return fn(**dict(zip(names, values, strict=True)), **rest)
+
         result = fuse(call, *tensors, only=[only])
         assert_same(result)
         assert result.report.matches == {name: 1}
         site = result.report.sites[0]
         saved, here = result.report.bytes_saved[name]
         assert "s" in site.sizes["num_tokens"]
-        assert saved.subs({symbol: 5 for symbol in saved.free_symbols}) == here
+        assert saved.subs(dict.fromkeys(saved.free_symbols, 5)) == here
 
 
 @given(drawn=model_fragments())
@@ -141,11 +157,16 @@ def test_a_fusion_of_somebody_else(tokens, width, dtype, scale):
     drawn = {"num_tokens": tokens, "width": width}
     result = assert_fusion_equivalent(MINE, sizes=drawn, dtype=dtype, scalars={"scale": scale})[0]
     assert result.report.bytes_saved["my_scaled_tanh"] == (4 * tokens * width, 4 * tokens * width)
-    assert_fusion_equivalent(MINE, lambda x: _scaled_tanh(x.view(-1), 2.0).view(x.shape), random(tokens, width))
+    assert_fusion_equivalent(
+        MINE, lambda x: _scaled_tanh(x.view(-1), 2.0).view(x.shape), random(tokens, width)
+    )
 
 
 def test_a_registered_fusion_has_a_toggle(monkeypatch):
-    with pytest.raises(settings.SettingsError, match="my_scaled_tanh"), settings.patch(my_scaled_tanh=True):
+    with (
+        pytest.raises(settings.SettingsError, match="my_scaled_tanh"),
+        settings.patch(my_scaled_tanh=True),
+    ):
         pass
     with registered(MINE):
         assert registry()["my_scaled_tanh"] is MINE
@@ -161,12 +182,20 @@ def test_a_registered_fusion_has_a_toggle(monkeypatch):
 
 
 def test_entry_points_register_fusions(monkeypatch):
-    entry = importlib.metadata.EntryPoint("mine", f"{__name__}:MINE", fusion_module.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == fusion_module.ENTRY_POINT_GROUP else [])
+    entry = importlib.metadata.EntryPoint(
+        "mine", f"{__name__}:MINE", fusion_module.ENTRY_POINT_GROUP
+    )
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda group: [entry] if group == fusion_module.ENTRY_POINT_GROUP else [],
+    )
     monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: MINE)
     monkeypatch.setattr(fusion_module, "_loaded", None)
     assert registry()["my_scaled_tanh"] is MINE
-    assert fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 5), only=everything()).report.matches == {"my_scaled_tanh": 1}
+    assert fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 5), only=everything()).report.matches == {
+        "my_scaled_tanh": 1
+    }
 
 
 @pytest.mark.parametrize("loaded", ["not a fusion", dataclasses.replace(MINE, name="rms_norm")])
@@ -175,7 +204,10 @@ def test_bad_entry_points_are_errors(monkeypatch, loaded):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: loaded)
     monkeypatch.setattr(fusion_module, "_loaded", None)
-    with pytest.raises((TypeError, ValueError), match=r"'mine' of fusion_passes\.fusions|two fusions are named 'rms_norm'"):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=r"'mine' of fusion_passes\.fusions|two fusions are named 'rms_norm'",
+    ):
         registry()
 
 
@@ -188,7 +220,9 @@ def test_names_are_taken_once():
             fusion_passes.register(dataclasses.replace(MINE))
 
 
-@pytest.mark.parametrize("name", ["verify", "report", "strict", "default", "all", "none", "fusions"])
+@pytest.mark.parametrize(
+    "name", ["verify", "report", "strict", "default", "all", "none", "fusions"]
+)
 def test_a_fusion_cannot_have_the_name_of_a_setting(name):
     with registered(), pytest.raises(ValueError, match=f"cannot be named '{name}'"):
         fusion_passes.register(dataclasses.replace(MINE, name=name))
@@ -209,9 +243,14 @@ def test_a_fusion_says_all_that_it_must(changes, words):
 
 
 def test_constraints_see_captured_sizes_and_say_why():
-    narrow = Constraint(lambda match: match.sizes["width"] <= 4, lambda match: f"{match.sizes['width']} columns are too many")
+    narrow = Constraint(
+        lambda match: match.sizes["width"] <= 4,
+        lambda match: f"{match.sizes['width']} columns are too many",
+    )
     fusion = dataclasses.replace(MINE, constraints=(narrow,))
-    assert fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 4), only=[fusion]).report.matches == {"my_scaled_tanh": 1}
+    assert fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 4), only=[fusion]).report.matches == {
+        "my_scaled_tanh": 1
+    }
     report = fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 5), only=[fusion]).report
     assert report.matches == {}
     assert [miss.reason for miss in report.near_misses] == ["5 columns are too many"]
@@ -224,12 +263,20 @@ def test_a_pattern_may_have_a_size_of_its_own():
         return x.unflatten(-1, (-1, group_size)).float().amax(-1).to(FP8)
 
     def rewrite(m):
-        view = m.view(m.tensor("x"), (*m.tensor("x").meta["val"].shape[:-1], m.size("groups"), m.size("group_size")))
+        view = m.view(
+            m.tensor("x"),
+            (*m.tensor("x").meta["val"].shape[:-1], m.size("groups"), m.size("group_size")),
+        )
         amax = m.emit(torch.ops.aten.amax.default, m.cast(view, torch.float32), [-1])
         return (m.cast(amax, FP8),)
 
-    pattern = Pattern(spelling, {"x": Tensor("num_tokens", "groups * group_size"), "group_size": SizeOf("group_size")})
+    pattern = Pattern(
+        spelling,
+        {"x": Tensor("num_tokens", "groups * group_size"), "group_size": SizeOf("group_size")},
+    )
     fusion = Fusion("my_amax", "a third party's fusion", 3, patterns=(pattern,), rewrite=rewrite)
     result = fuse(lambda x: spelling(x, 32), random(3, 96), only=[fusion])
     assert_same(result)
-    assert [site.sizes for site in result.report.sites] == [{"num_tokens": "3", "groups": "3", "group_size": "32"}]
+    assert [site.sizes for site in result.report.sites] == [
+        {"num_tokens": "3", "groups": "3", "group_size": "32"}
+    ]

@@ -73,12 +73,16 @@ def factorizations(draw: st.DrawFn, number: int) -> tuple[int, ...]:
 
 
 @st.composite
-def chains(draw: st.DrawFn, sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8), slices: bool = True) -> Chain:
+def chains(
+    draw: st.DrawFn, sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8), slices: bool = True
+) -> Chain:
     shape = draw(st.lists(st.sampled_from(sizes), max_size=3))
     count = math.prod(shape)
     chain = Chain(np.arange(count).reshape(shape))
     identity = lambda array: ((array.size, True),)  # noqa: E731
-    for kind in draw(st.lists(st.sampled_from(("reshape", "expand", *(["slice"] if slices else []))), max_size=5)):
+    for kind in draw(
+        st.lists(st.sampled_from(("reshape", "expand", *(["slice"] if slices else []))), max_size=5)
+    ):
         old = chain.array
         if kind == "reshape":
             new = old.reshape(draw(factorizations(old.size)))
@@ -153,7 +157,9 @@ def spellings(tokens, groups, size):
     source = ((tokens * groups, True),)
     flat = (tokens, groups * size)
     wide = (tokens, groups, size)
-    interleaved = index_map.compose(index_map.broadcast(flat, flat), index_map.broadcast((tokens, groups, 1), wide))
+    interleaved = index_map.compose(
+        index_map.broadcast(flat, flat), index_map.broadcast((tokens, groups, 1), wide)
+    )
     broadcast = index_map.broadcast((tokens, groups, 1), wide)
     twice = index_map.compose(((tokens, True), (groups, True), (size, False), (1, True)), source)
     return [interleaved, broadcast, twice]
@@ -193,6 +199,8 @@ def test_a_quotient_is_whole_whatever_the_sizes_are(a, b, seed):
         assert sympy.sympify(quotient).subs(values).is_integer
 
 
-@pytest.mark.parametrize(("a", "b"), [(TOKENS, 2), (TOKENS, OTHER), (7, 2), (7, 0), (2, TOKENS), (TOKENS // 2, 2)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(TOKENS, 2), (TOKENS, OTHER), (7, 2), (7, 0), (2, TOKENS), (TOKENS // 2, 2)]
+)
 def test_what_may_leave_a_remainder_is_not_divided(a, b):
     assert index_map.divide(a, b) is None

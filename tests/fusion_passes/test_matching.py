@@ -39,7 +39,11 @@ class Norm:
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         h = x.to(torch.float32) if self.cast == "to" else x.float()
-        squared = {"pow": lambda: h.pow(2), "mul": lambda: h * h, "square": lambda: torch.square(h)}[self.square]()
+        squared = {
+            "pow": lambda: h.pow(2),
+            "mul": lambda: h * h,
+            "square": lambda: torch.square(h),
+        }[self.square]()
         mean = squared.mean(-1).unsqueeze(-1) if self.unsqueezed else squared.mean(-1, keepdim=True)
         scale = torch.rsqrt(EPS + mean if self.eps_first else mean + EPS)
         h = scale * h if self.reciprocal_first else h * scale
@@ -88,7 +92,9 @@ class Quantization:
             wide = wide.unsqueeze(0).squeeze(0)
         magnitude = self.groups(x).abs() if self.amax_in_16_bits else wide.abs()
         amax = magnitude.amax(-1, keepdim=self.keepdim).float()
-        amax = {"clamp": amax.clamp(min=1e-10), "clamp_min": amax.clamp_min(1e-10), "none": amax}[self.clamp]
+        amax = {"clamp": amax.clamp(min=1e-10), "clamp_min": amax.clamp_min(1e-10), "none": amax}[
+            self.clamp
+        ]
         scale = amax / 448.0
         codes = wide / (scale if self.keepdim else scale.unsqueeze(-1))
         if self.clamp_codes:
@@ -135,7 +141,9 @@ def test_add_rms_norm(norm, lead, dtype, swapped, live):
         return (norm(total, weight), total) if live else norm(total, weight)
 
     x, residual = (random(*lead, 64, dtype=dtype, seed=seed) for seed in (0, 1))
-    assert fuse_all(block, x, residual, random(64, dtype=dtype, seed=2)).report.matches == {"add_rms_norm": 1}
+    assert fuse_all(block, x, residual, random(64, dtype=dtype, seed=2)).report.matches == {
+        "add_rms_norm": 1
+    }
 
 
 @given(quantization=quantizations, lead=leading, groups=st.integers(1, 3), dtype=dtypes)
@@ -144,7 +152,12 @@ def test_group_quant(quantization, lead, groups, dtype):
     assert result.report.matches == {"group_quant": 1}
 
 
-@given(quantization=quantizations, norm=norms, lead=leading, residual=st.sampled_from(("none", "live", "dead")))
+@given(
+    quantization=quantizations,
+    norm=norms,
+    lead=leading,
+    residual=st.sampled_from(("none", "live", "dead")),
+)
 def test_norm_and_quantization(quantization, norm, lead, residual):
     def block(x, other, weight):
         x = x if residual == "none" else x + other
@@ -204,17 +217,27 @@ def test_block_scaled_linear(lead, out, bias, spelling, scale_first, matmul, dty
             weight = (blocks(scale_inv, out) * weight.float()).to(x.dtype)
         if matmul == "linear":
             return F.linear(operand, weight, offset)
-        product = operand @ weight.t() if matmul == "@" else torch.matmul(operand, weight.transpose(0, 1))
+        product = (
+            operand @ weight.t() if matmul == "@" else torch.matmul(operand, weight.transpose(0, 1))
+        )
         return product if offset is None else F.linear(operand, weight, offset)
 
     weight, scale_inv = quantize_weight(random(out, 256, seed=1))
-    result = fuse_all(block, random(*lead, 256, dtype=dtype), weight, scale_inv, random(out, dtype=dtype) if bias else None)
+    result = fuse_all(
+        block,
+        random(*lead, 256, dtype=dtype),
+        weight,
+        scale_inv,
+        random(out, dtype=dtype) if bias else None,
+    )
     assert result.report.matches == {"block_scaled_linear": 1, "group_quant": 1}
 
 
 def test_heads_are_rows():
     """The norms of Qwen3's queries and keys run over the last of four dimensions."""
-    result = fuse_all(lambda x, w: llama_norm(x.view(2, 3, 4, 64), w), random(2, 3, 256), random(64))
+    result = fuse_all(
+        lambda x, w: llama_norm(x.view(2, 3, 4, 64), w), random(2, 3, 256), random(64)
+    )
     assert result.report.matches == {"rms_norm": 1}
 
 
@@ -228,7 +251,9 @@ def test_a_sum_of_a_value_with_itself():
     assert result.report.matches == {"add_rms_norm": 1}
 
 
-@pytest.mark.parametrize("inputs", [(random(0, 256), random(256)), (random(2, 0, 256), random(256))])
+@pytest.mark.parametrize(
+    "inputs", [(random(0, 256), random(256)), (random(2, 0, 256), random(256))]
+)
 def test_no_tokens(inputs):
     result = fuse_all(lambda x, w: quantize(llama_norm(x, w)), *inputs)
     assert result.report.matches == {"rms_norm_group_quant": 1}
@@ -240,20 +265,26 @@ def test_symbolic_tokens(mark, flat):
     x = random(3, 5, 256)
     for dim in mark:
         torch._dynamo.mark_dynamic(x, dim)
-    result = fuse_all(lambda x, w: quantize(llama_norm(x.view(-1, 256) if flat else x, w)), x, random(256))
+    result = fuse_all(
+        lambda x, w: quantize(llama_norm(x.view(-1, 256) if flat else x, w)), x, random(256)
+    )
     assert result.report.matches == {"rms_norm_group_quant": 1}
 
 
 def test_a_number_of_tokens_that_the_data_decides():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         x = random(6, 256)
-        result = fuse_all(lambda x, mask, w: quantize(llama_norm(x[mask], w)), x, x[:, 0] > 0, random(256))
+        result = fuse_all(
+            lambda x, mask, w: quantize(llama_norm(x[mask], w)), x, x[:, 0] > 0, random(256)
+        )
     assert result.report.matches == {"rms_norm_group_quant": 1}
     assert [site.bytes_saved_here for site in result.report.sites] == [None]
 
 
 def test_eps_that_is_known_only_at_run_time():
-    result = fuse_all(llama_norm, random(3, 64), random(64), torch.tensor(0.25, dtype=torch.float64))
+    result = fuse_all(
+        llama_norm, random(3, 64), random(64), torch.tensor(0.25, dtype=torch.float64)
+    )
     assert result.report.matches == {"rms_norm": 1}
 
 
@@ -261,7 +292,9 @@ def test_the_report_names_the_module():
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(64, EPS)}) for _ in range(2))
+            self.layers = torch.nn.ModuleList(
+                torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(64, EPS)}) for _ in range(2)
+            )
             self.to(torch.bfloat16)
 
         def forward(self, x):
@@ -271,19 +304,30 @@ def test_the_report_names_the_module():
 
     result = fuse_all(Block(), random(3, 64))
     assert [site.module for site in result.report.sites] == ["layers.0.norm", "layers.1.norm"]
-    assert {module_path(n) for n in result.before.graph.nodes if "rsqrt" in n.name} == {"layers.0.norm", "layers.1.norm"}
+    assert {module_path(n) for n in result.before.graph.nodes if "rsqrt" in n.name} == {
+        "layers.0.norm",
+        "layers.1.norm",
+    }
 
 
 def test_a_pattern_is_read_as_products_of_its_sizes():
     def spelling(x, group_size, eps):
         return x.unflatten(-1, (-1, group_size)).float().amax(-1) + eps
 
-    inputs = {"x": Spec("tokens", "groups * group_size"), "group_size": SizeOf("group_size"), "eps": Scalar()}
+    inputs = {
+        "x": Spec("tokens", "groups * group_size"),
+        "group_size": SizeOf("group_size"),
+        "eps": Scalar(),
+    }
     compiled = compile_pattern(Pattern(spelling, inputs))
     amax = next(node for node in compiled.operations if "amax" in node.name)
     sizes = [compiled.monomial(int(size)) for size in amax.args[0].meta["val"].shape]
     assert sizes == [(1, ("tokens",)), (1, ("groups",)), (1, ("group_size",))]
-    assert [compiled.scalar_name(v) for v in (compiled.scalars["eps"], 1.0, 3)] == ["eps", None, None]
+    assert [compiled.scalar_name(v) for v in (compiled.scalars["eps"], 1.0, 3)] == [
+        "eps",
+        None,
+        None,
+    ]
 
 
 def test_both_halves_must_be_one_projection_each():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusion_passes.quantize import Fp8BlockLinear, quantize_weight
-from tests.fusion_passes.helpers import EPS, FP8, fuse_all, llama_norm, misses, quantize, random, silu_mul
+from tests.fusion_passes.helpers import (
+    EPS,
+    FP8,
+    fuse_all,
+    llama_norm,
+    misses,
+    quantize,
+    random,
+    silu_mul,
+)
 
 pytestmark = pytest.mark.usefixtures("references")
 
 X, OTHER, W = random(6, 256), random(6, 256, seed=1), random(256, seed=2)
 WEIGHT, SCALE = quantize_weight(random(200, 256, seed=3))
+TWICE, FINE, BIAS = torch.cat([SCALE, SCALE]), SCALE.repeat_interleave(2, 0), random(200)
 SQUARE, SQUARE_SCALE = quantize_weight(random(256, 256, seed=4))
 
 
@@ -37,7 +48,9 @@ def codes(quotient: torch.Tensor) -> torch.Tensor:
 
 def linear(x, weight, scale_inv, bias=None, block=128, transposed=False, dtype=None):
     q, scale = quantize(x)
-    operand = (q.float().unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2).to(dtype or x.dtype)
+    operand = (
+        (q.float().unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2).to(dtype or x.dtype)
+    )
     blocks = scale_inv.repeat_interleave(block, 0)[: weight.shape[0]].repeat_interleave(128, 1)
     dense = (weight.float() * blocks).to(operand.dtype)
     return operand @ dense if transposed else F.linear(operand, dense, bias)
@@ -112,7 +125,9 @@ def eps_rounded_to_16_bits(x, weight, eps):
     return weight * h.to(x.dtype)
 
 
-NORM = "rms_norm"
+linear_64, linear_t = partial(linear, block=64), partial(linear, transposed=True)
+
+NORM, QUANT, LINEAR = "rms_norm", "group_quant", "block_scaled_linear"
 CASES = [
     Case("reciprocal multiply", reciprocal, (X,), missed="group_quant", words=("div", "mul")),
     Case("448 / amax", reciprocal_of_amax, (X,), missed="group_quant", words=("div", "mul")),
@@ -129,7 +144,7 @@ CASES = [
     Case("float64 norm", llama_norm, (X.double(), W.double()), missed=NORM, words=("float64",)),
     Case("weight before the cast, rounded after", lambda x, w: (w * normed(x)).to(x.dtype) * w, (X, W), fires=(NORM,)),
     Case("float32 weight of a rounded norm", lambda x, w: w * normed(x).to(x.dtype), (X, W.float()), missed=NORM),
-    Case("float32 weight, rounded twice", lambda x, w: (w * normed(x).to(x.dtype)).to(x.dtype), (X, W.float()), missed=NORM),
+    Case("float32 weight, rounded", lambda x, w: (w * normed(x).to(x.dtype)).to(x.dtype), (X, W.float()), missed=NORM),
     Case("mean over tokens", lambda x, w: w * normed(x, 0).to(x.dtype), (X, W), missed=NORM, words=("6", "256")),
     Case("mean over tokens, square", lambda x, w: w * normed(x, 0).to(x.dtype), (random(256, 256), W), missed=NORM),
     Case("mean over everything", lambda x, w: w * normed(x, (-2, -1)).to(x.dtype), (X, W), missed=NORM),
@@ -137,30 +152,28 @@ CASES = [
     Case("weight per element", lambda x, w: w * normed(x).to(x.dtype), (X, OTHER), missed=NORM, words=("weight",)),
     Case("variance in bf16", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)), (X, W)),
     Case("rms used elsewhere", reciprocal_norm_used_twice, (X, W), missed=NORM, words=("rsqrt", "also used")),
-    Case("eps rounded to bf16", eps_rounded_to_16_bits, (X, W, torch.tensor(0.1237, dtype=torch.float64))),
+    Case("eps rounded to bf16 is that eps", eps_rounded_to_16_bits, (X, W, torch.tensor(0.1237).double()), (NORM,)),
     Case("norm not rounded before quantization", lambda x, w: quantize(normed(x) * w), (X, W), missed=NORM),
-    Case(
-        "norm used elsewhere", quantized_and_used, (X, W), ("group_quant", NORM), "rms_norm_group_quant", ("also used by output",)
-    ),
+    Case("norm used elsewhere", quantized_and_used, (X, W), (QUANT, NORM), "rms_norm_group_quant", ("also used by",)),
     Case("sum not rounded", sum_in_float32, (X, OTHER, W), missed=NORM, words=("add",)),
     Case("scaled residual", lambda x, r, w: llama_norm(torch.add(x, r, alpha=2), w), (X, OTHER, W), fires=(NORM,)),
     Case("a bias is no residual", lambda x, b, w: llama_norm(x + b, w), (X, W, W), fires=(NORM,)),
     Case("sigmoid rounded before the product", lambda g, u: g * torch.sigmoid(g) * u, (X, OTHER)),
     Case("gate per row", lambda g, u: F.silu(g) * u, (random(1, 256), OTHER)),
     Case("float32 gate", silu_mul, (X.float(), OTHER.float())),
-    Case("scale rows of another weight", linear, (X, WEIGHT, torch.cat([SCALE, SCALE])), ("group_quant",), "block_scaled_linear", ("(4, 2)", "(200, 256)")),
-    Case("scale rows, with bias", linear, (X, WEIGHT, torch.cat([SCALE, SCALE]), random(200)), ("group_quant",), "block_scaled_linear", ("(4, 2)",)),
-    Case("blocks of 64 rows", lambda *a: linear(*a, block=64), (X, WEIGHT, SCALE.repeat_interleave(2, 0)), ("group_quant",), "block_scaled_linear", ("weight_scale",)),
-    Case("blocks of 64 rows, with bias", lambda *a: linear(*a, block=64), (X, WEIGHT, SCALE.repeat_interleave(2, 0), random(200)), ("group_quant",), "block_scaled_linear", ("weight_scale",)),
-    Case("weight not transposed", lambda *a: linear(*a, transposed=True), (X, SQUARE, SQUARE_SCALE), ("group_quant",), "block_scaled_linear", ("permute",)),
-    Case("operands in float32", lambda *a: linear(*a, dtype=torch.float32), (X, WEIGHT, SCALE), ("group_quant",)),
+    Case("scale rows of another weight", linear, (X, WEIGHT, TWICE), (QUANT,), LINEAR, ("(4, 2)", "(200, 256)")),
+    Case("scale rows, with bias", linear, (X, WEIGHT, TWICE, BIAS), (QUANT,), LINEAR, ("(4, 2)",)),
+    Case("blocks of 64 rows", linear_64, (X, WEIGHT, FINE), (QUANT,), LINEAR, ("weight_scale",)),
+    Case("blocks of 64 rows, with bias", linear_64, (X, WEIGHT, FINE, BIAS), (QUANT,), LINEAR, ("weight_scale",)),
+    Case("weight not transposed", linear_t, (X, SQUARE, SQUARE_SCALE), (QUANT,), LINEAR, ("permute",)),
+    Case("operands in float32", lambda *a: linear(*a, dtype=torch.float32), (X, WEIGHT, SCALE), (QUANT,)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_step_outside(case):
     result = fuse_all(case.fn, *case.args)
-    assert result.report.matches == {name: 1 for name in case.fires}, result.report
+    assert result.report.matches == dict.fromkeys(case.fires, 1), result.report
     if case.missed:
         reasons = misses(result, case.missed)
         assert reasons, f"{case.missed} says nothing of it\n{result.before.graph}"
@@ -172,7 +185,10 @@ def test_one_step_outside(case):
 @pytest.mark.parametrize("bias", [False, True])
 def test_ragged_input_features_stay_right_and_are_reported(bias):
     """A padded activation is cut again after it is dequantized, which no kernel here reads."""
-    result = fuse_all(Fp8BlockLinear.from_linear(nn.Linear(200, 256, bias, dtype=torch.bfloat16)).eval(), random(6, 200))
+    result = fuse_all(
+        Fp8BlockLinear.from_linear(nn.Linear(200, 256, bias, dtype=torch.bfloat16)).eval(),
+        random(6, 200),
+    )
     assert result.report.matches == {"group_quant": 1}
     assert misses(result, "block_scaled_linear")
 
@@ -200,7 +216,12 @@ def test_codes_and_scales_of_two_tensors_still_make_a_linear():
 
     def block(q, scale, weight, scale_inv):
         operand = (q.float().unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2).bfloat16()
-        return F.linear(operand, (weight.float() * scale_inv.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)).bfloat16())
+        return F.linear(
+            operand,
+            (
+                weight.float() * scale_inv.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
+            ).bfloat16(),
+        )
 
     result = fuse_all(block, quantize(X)[0], quantize(OTHER)[1], WEIGHT, SCALE)
     assert result.report.matches == {"block_scaled_linear": 1}
@@ -209,10 +230,22 @@ def test_codes_and_scales_of_two_tensors_still_make_a_linear():
 CUT = {
     "gate cut after its activation": (lambda g, u: F.silu(g)[:3] * u, (X, random(3, 256)), ()),
     "norm cut before the weight": (lambda x, w: w * normed(x)[:3].to(x.dtype), (X, W), ()),
-    "sum cut before the norm": (lambda x, r, w: (llama_norm((x + r)[:3], w), x + r), (X, OTHER, W), (NORM,)),
+    "sum cut before the norm": (
+        lambda x, r, w: (llama_norm((x + r)[:3], w), x + r),
+        (X, OTHER, W),
+        (NORM,),
+    ),
     "sum cut, dead": (lambda x, r, w: llama_norm((x + r)[:3], w), (X, OTHER, W), (NORM,)),
-    "norm cut before quantization": (lambda x, w: quantize(llama_norm(x, w)[:3]), (X, W), ("group_quant", NORM)),
-    "product cut before quantization": (lambda g, u: quantize((F.silu(g) * u)[:3]), (X, OTHER), ("group_quant", "silu_mul")),
+    "norm cut before quantization": (
+        lambda x, w: quantize(llama_norm(x, w)[:3]),
+        (X, W),
+        ("group_quant", NORM),
+    ),
+    "product cut before quantization": (
+        lambda g, u: quantize((F.silu(g) * u)[:3]),
+        (X, OTHER),
+        ("group_quant", "silu_mul"),
+    ),
 }
 
 
@@ -221,11 +254,13 @@ CUT = {
 def test_values_that_lose_rows_inside_of_a_match(name):
     """Its outputs would have another number of rows than its inputs."""
     fn, args, fires = CUT[name]
-    assert fuse_all(fn, *args).report.matches == {name: 1 for name in fires}
+    assert fuse_all(fn, *args).report.matches == dict.fromkeys(fires, 1)
 
 
 def test_inputs_that_lose_rows_before_a_match():
-    result = fuse_all(lambda g, u, x, w: (F.silu(g[:3]) * u[:3], *quantize(llama_norm(x[:3], w))), X, OTHER, X, W)
+    result = fuse_all(
+        lambda g, u, x, w: (F.silu(g[:3]) * u[:3], *quantize(llama_norm(x[:3], w))), X, OTHER, X, W
+    )
     assert result.report.matches == {"silu_mul": 1, "rms_norm_group_quant": 1}
 
 

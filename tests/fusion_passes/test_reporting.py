@@ -1,0 +1,106 @@
+"""The report: what fired where, what it saves, and its forms."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+
+import fusion_passes
+from fusion_passes import (
+    registry,
+    reporting,
+)
+from fusion_passes.reporting import NearMiss, Report, Site
+from fusion_passes.testing import ModelFragment, fuse
+from tests.fusion_passes.helpers import (
+    everything,
+    fuse_all,
+    llama_norm,
+    quantize,
+    random,
+)
+
+pytestmark = pytest.mark.usefixtures("references", "fresh_reports")
+
+
+def test_the_report():
+    module = ModelFragment("norm", "llama", True, 2, 256, 128, torch.bfloat16, 0).eval()
+    report = fuse(module, random(4, 256), random(4, 256, seed=1), only=everything()).report
+    assert (
+        report.matches
+        == module.expected
+        == {"block_scaled_linear": 2, "add_rms_norm_group_quant": 1, "shared_group_quant": 1}
+    )
+    by_name = {site.fusion: site for site in report.sites}
+    norm = by_name["add_rms_norm_group_quant"]
+    assert norm.module == "linears.0"  # where its output is made
+    assert norm.implementations == ("add_rms_norm_group_quant:reference",)
+    assert norm.sizes == {"num_tokens": "4", "num_groups": "2", "group_size": "128"}
+    assert sorted(s.module for s in report.sites if s.fusion == "block_scaled_linear") == [
+        "linears.0",
+        "linears.1",
+    ]
+    assert report.bytes_saved["add_rms_norm_group_quant"] == (4 * 4 * 256, 4 * 4 * 256)
+    assert report.nodes_after < report.nodes_before
+    assert {"canonical", "near_misses", "tidy", *registry()} == report.seconds.keys()
+    text = str(report)
+    assert all(name in text for name in registry())
+    assert f"{4 * 4 * 256:,}" in text
+
+
+def test_bytes_are_expressions_over_the_sizes_of_the_graph():
+    x = random(5, 256)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = fuse_all(lambda x, w: quantize(llama_norm(x, w)), x, random(256)).report
+    saved, here = report.bytes_saved["rms_norm_group_quant"]
+    (symbol,) = saved.free_symbols
+    assert saved == 4 * 256 * symbol
+    assert here == 4 * 256 * 5
+    assert isinstance(saved, sympy.Expr)
+
+
+def test_the_report_is_json():
+    report = fuse_all(
+        lambda x, w: (*quantize(llama_norm(x, w)), quantize(x, 32)), random(4, 256), random(256)
+    ).report
+    assert report.near_misses
+    assert report.sites
+    again = Report.from_json(report.to_json())
+    assert again == report
+    assert (again.matches, again.bytes_saved, str(again)) == (
+        report.matches,
+        report.bytes_saved,
+        str(report),
+    )
+
+
+def test_reports_are_kept_until_reset():
+    with pytest.raises(LookupError, match="no graph was compiled"):
+        fusion_passes.report()
+    first, second = Report(graph="0/0"), Report(graph="1/0")
+    reporting.add(first)
+    reporting.add(second)
+    assert fusion_passes.report() is second
+    assert fusion_passes.reports() == [first, second]
+    fusion_passes.reset_reports()
+    assert fusion_passes.reports() == []
+
+
+def test_like_near_misses_share_a_row():
+    found = [
+        NearMiss("rms_norm", f"layers.{i}", f"mul_{i}", f"mul_{i} has another dtype")
+        for i in range(12)
+    ]
+    text = str(Report(states={"rms_norm": (True, "")}, near_misses=found))
+    assert "layers.0 and 11 more" in " ".join(text.split())
+    assert "layers.11" not in text
+
+
+def test_a_site_without_known_sizes_has_no_number():
+    sites = [
+        Site("rms_norm", "a", bytes_saved="4*u0", bytes_saved_here=None),
+        Site("rms_norm", "b", bytes_saved="8", bytes_saved_here=8),
+    ]
+    saved, here = Report(sites=sites).bytes_saved["rms_norm"]
+    assert (str(saved), here) == ("4*u0 + 8", None)

@@ -1,0 +1,86 @@
+"""The main job on a GPU: the fused kernels themselves, against eager there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fusion_passes
+from fusion_passes import verify
+from fusion_passes.testing import assert_fusion_equivalent, fuse, model_fragments
+from tests.models.zoo import build, fp8_matches, tokens
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("transformers", reason="needs the extra 'models'")
+
+SIZES = {
+    "num_groups": 4,
+    "group_size": 128,
+    "hidden_size": 512,
+    "intermediate_size": 640,
+    "out_features": 384,
+    "num_blocks": 3,
+}
+PATTERNED = [fusion for fusion in fusion_passes.registry().values() if fusion.patterns]
+
+
+@pytest.mark.parametrize("fusion", PATTERNED, ids=lambda fusion: fusion.name)
+@given(
+    num_tokens=st.sampled_from((1, 2, 7, 64, 129)),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_fusions_equal_eager(
+    fusion: fusion_passes.Fusion, num_tokens: int, dtype: torch.dtype
+) -> None:
+    assert_fusion_equivalent(
+        fusion, sizes=SIZES | {"num_tokens": num_tokens}, dtype=dtype, device="cuda"
+    )
+
+
+@given(model_fragments(device="cuda"))
+def test_fragments(drawn) -> None:
+    result = fuse(drawn.module, *drawn.inputs, only=list(fusion_passes.registry().values()))
+    assert result.report.matches == drawn.module.expected, result.report
+    for expected, actual in zip(result.expected, result.actual, strict=True):
+        assert verify.difference(expected, actual, accumulated=True) is None
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_one_line(kind: str, mode: str | None) -> None:
+    """Logits, the kernels that ran, and no synchronization: the second call runs under a CUDA graph in one mode."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    torch.compiler.reset()
+    model = copy.deepcopy(build(kind, "fp8_block", 2)).cuda()
+    ids = tokens(64).cuda()
+    compiled = torch.compile(model, backend=backend, mode=mode, options={"fusions": "all"})
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for _ in range(3):
+            actual = compiled(ids, use_cache=False).logits.clone()
+    gated = {} if kind != "gemma3_text" else {"silu_mul_group_quant": 0, "group_quant": 2}
+    assert fusion_passes.report().matches.items() >= fp8_matches(2, **gated).items(), (
+        fusion_passes.report()
+    )
+    chosen = {name for site in fusion_passes.report().sites for name in site.implementations}
+    assert not any(name.endswith(":reference") for name in chosen), chosen
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    assert error < 0.1, f"logits differ by {error:.3%}"
+
+
+def test_verified_on_the_spot() -> None:
+    """``verify="raise"`` runs every rewrite of a model against eager on the GPU."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    torch.compiler.reset()
+    model = copy.deepcopy(build("llama", "fp8_block", 2)).cuda()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, options={"fusions": "all", "verify": "raise"})(
+            tokens(64).cuda(), use_cache=False
+        )
+    assert fusion_passes.report().matches == fp8_matches(2)
