@@ -83,4 +83,11 @@ def _attempt(
             if matcher.failure.progress > len(matcher.match.nodes):
                 reason = matcher.failure.reason
             return Mismatch(len(matcher.match.nodes), len(compiled.operations), place, reason)
-    return Mismatch(0, len(compiled.operations), node, "")
+    total = len(compiled.operations)
+    if (
+        reached is compiled.outputs[0]
+    ):  # all of it is there: recognized, unless a constraint objects
+        for constraint in fusion.constraints:
+            if not constraint.holds(matcher.match):
+                return Mismatch(total, total, node, constraint.reason(matcher.match))
+    return Mismatch(0, total, node, "")

@@ -83,6 +83,10 @@ def describe(node: fx.Node) -> Operation | None:
     name = _NAMES.get(target, str(target))
     if name == "cast":
         return Operation(name, "pointwise", (args[0],))  # the dtype is compared on the node
+    if target is aten.full.default and not args[0]:
+        return Operation(
+            "constant", "pointwise", (args[1],)
+        )  # a number as a tensor, on whichever device
     if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (
         name == "mul" and args[0] is args[1]
     ):

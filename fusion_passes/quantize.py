@@ -68,8 +68,10 @@ class Fp8BlockLinear(nn.Module):
         padding = -self.in_features % BLOCK
         groups = F.pad(x, (0, padding)) if padding else x
         groups = groups.float().unflatten(-1, (-1, BLOCK))
-        # literals, as torch.compile(dynamic=True) takes a float that has a name for a value that may change
-        scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+        # literals, as torch.compile(dynamic=True) takes a float that has a name for a value that may change; 448 as
+        # a tensor, as eager on a GPU divides by a number as it multiplies by the rounded reciprocal
+        amax = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        scale = amax / amax.new_full((), 448.0)
         codes = (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
         if padding:
@@ -98,7 +100,8 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R, 128, C, 128]
-    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-10) / 448.0
+    amax = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-10)
+    scale = amax / amax.new_full((), 448.0)
     codes = (blocks / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     codes = codes.reshape(padded.shape)[:rows, :columns]
     return codes.contiguous(), scale[:, 0, :, 0].contiguous()

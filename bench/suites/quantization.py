@@ -14,7 +14,10 @@ from bench.case import DECODE, Case, Target, activations, quantized_bytes, same
 def group_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """As a block-FP8 linear layer in plain PyTorch quantizes its input."""
     groups = x.float().unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 448.0
+    amax = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10)
+    scale = amax / amax.new_full(
+        (), 448.0
+    )  # eager on a GPU multiplies by 1 / 448 for a plain number
     codes = (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     return codes.flatten(-2), scale.squeeze(-1)
 

@@ -103,7 +103,7 @@ def group_quant(
 
     in float32 with IEEE division and ties to even. Every implementation equals the reference bit for bit;
     zero, subnormal, Inf and NaN groups are specified in `custom_ops.scales`. Eager PyTorch on a GPU computes
-    `amax / 448.0` as a product with the rounded reciprocal, so its scale may differ in the last bit.
+    `amax / 448.0` as a product with the rounded reciprocal; it divides by a 0-d tensor on the GPU.
 
     Raises ValueError for another dtype, group size, layout, a negative min_amax, or a K that is not a
     multiple of group_size. Source: the activation quantization of DeepSeek-V3 (arXiv:2412.19437, 3.3).

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor as T
 
 import custom_ops
-from fusion_passes.fusion import Fusion, Pattern, Scalar, SizeOf, Tensor
+from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.rewriting import Rewrite
 
 FP8_MAX = 448.0
@@ -106,7 +106,9 @@ NORMS = (
 )
 
 
-def _quant_pattern(clamp_amax: bool, clamp_codes: bool, amax_first: bool) -> Pattern:
+def _quant_pattern(
+    clamp_amax: bool, clamp_codes: bool, amax_first: bool, by_tensor: bool
+) -> Pattern:
     """Without the clamp of the codes the meaning is the same: |x / scale| never rounds to more than 448."""
 
     def spelling(x: T, group_size: int, min_amax: float = 0.0) -> tuple[T, T]:
@@ -115,7 +117,8 @@ def _quant_pattern(clamp_amax: bool, clamp_codes: bool, amax_first: bool) -> Pat
             amax = groups.abs().amax(-1, keepdim=True).float()
         else:
             amax = groups.float().abs().amax(-1, keepdim=True)
-        scale = (amax.clamp(min=min_amax) if clamp_amax else amax) / FP8_MAX
+        amax = amax.clamp(min=min_amax) if clamp_amax else amax
+        scale = amax / (amax.new_full((), FP8_MAX) if by_tensor else FP8_MAX)
         codes = groups.float() / scale
         codes = codes.clamp(-FP8_MAX, FP8_MAX) if clamp_codes else codes
         return codes.to(torch.float8_e4m3fn), scale
@@ -126,16 +129,25 @@ def _quant_pattern(clamp_amax: bool, clamp_codes: bool, amax_first: bool) -> Pat
     }
     if clamp_amax:
         inputs["min_amax"] = Scalar()
-    words = [
-        word
-        for word, on in (
-            ("clamped amax", clamp_amax),
-            ("clamped codes", clamp_codes),
-            ("16-bit amax", amax_first),
-        )
-        if on
-    ]
-    return Pattern(spelling, inputs, {}, ", ".join(words) or "plain")
+    said = {
+        "clamped amax": clamp_amax,
+        "clamped codes": clamp_codes,
+        "16-bit amax": amax_first,
+        "divided by a tensor": by_tensor,
+    }
+    words = [word for word, on in said.items() if on]
+    return Pattern(spelling, inputs, {"by_tensor": by_tensor}, ", ".join(words) or "plain")
+
+
+# Eager on a GPU divides by a number as it multiplies by the rounded reciprocal. The scales are one rounding off
+# then, and as 16-bit values over one another often lie on a tie, one code in a thousand: another meaning.
+_DIVIDES = Constraint(
+    holds=lambda match: match.device.type == "cpu" or match.constants["by_tensor"],
+    reason=lambda match: (
+        "amax / 448.0 on a GPU is eager's amax * (1 / 448), which rounds differently; "
+        "amax / amax.new_full((), 448.0) divides"
+    ),
+)
 
 
 def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
@@ -158,7 +170,7 @@ def _rewrite_quant(m: Rewrite) -> tuple[Any, ...]:
 
 
 _GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}
-_QUANT_FLAGS = itertools.product((True, False), (True, False), (False, True))
+_QUANT_FLAGS = itertools.product((True, False), (True, False), (False, True), (True, False))
 
 MEANINGS = (
     Fusion(
@@ -183,6 +195,7 @@ MEANINGS = (
         0,
         patterns=tuple(_quant_pattern(*flags) for flags in _QUANT_FLAGS),
         rewrite=_rewrite_quant,
+        constraints=(_DIVIDES,),
         signature="cast",
     ),
 )

@@ -88,6 +88,8 @@ def recognize(
             match = find(meaning, graph, root, canonical=False) if root.users else None
             if match is None or any(escapes(match.nodes.values(), match.outputs)):
                 continue
+            if not all(constraint.holds(match) for constraint in meaning.constraints):
+                continue  # reported with the near misses
             rewrite = Rewrite(match, allow_reference=True)
             assert meaning.rewrite is not None
             try:

@@ -56,7 +56,8 @@ def quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Group quantization in plain PyTorch, as a pattern spells it."""
     groups = x.float().unflatten(-1, (-1, group_size))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=min_amax) / meanings.FP8_MAX
+    amax = groups.abs().amax(-1, keepdim=True).clamp(min=min_amax)
+    scale = amax / amax.new_full((), meanings.FP8_MAX)
     codes = (groups / scale).clamp(-meanings.FP8_MAX, meanings.FP8_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(-2), scale.squeeze(-1)
 

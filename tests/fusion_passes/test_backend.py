@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import fusion_passes
-from fusion_passes import settings, torch_internals
+from fusion_passes import registry, settings, torch_internals
 from fusion_passes.testing import ModelFragment
-from tests.fusion_passes.helpers import llama_norm, quantize, random, silu_mul
+from tests.fusion_passes.helpers import llama_norm, quantize, random, registered, silu_mul
 
 pytestmark = pytest.mark.usefixtures("references", "empty_caches", "fresh_reports")
 
@@ -131,6 +132,31 @@ def test_fullgraph():
 def test_strict_reaches_the_user():
     with pytest.raises(Exception, match="rms_norm fired nowhere"):
         compiled(options={"rms_norm": True, "strict": True, "allow_reference": True})(*GATED)
+
+
+@pytest.mark.parametrize("kind", ["norm", "gated"])
+@pytest.mark.filterwarnings("error:.*undone.*")
+def test_verify_runs_inside_of_a_compilation(kind):
+    module = ModelFragment(kind, "llama", True, 1, 256, 128, torch.bfloat16, 0).eval()
+    options = {"fusions": "all", "allow_reference": True, "verify": "raise"}
+    inputs = random(5, 256), random(5, 256, seed=1)
+    for value in inputs:
+        torch._dynamo.mark_dynamic(value, 0)
+    compiled(module, options=options)(*inputs)
+    assert fusion_passes.report().matches == module.expected
+
+
+def test_verify_undoes_a_wrong_rewrite_in_a_compilation():
+    swapped = dataclasses.replace(
+        registry()["silu_mul"],
+        name="wrong",
+        rewrite=lambda m: (m.call("silu_mul", m.tensor("up"), m.tensor("gate")),),
+    )
+    options = {"wrong": True, "allow_reference": True, "verify": True}
+    with registered(swapped), pytest.warns(UserWarning, match="wrong at .* undone"):
+        out = compiled(options=options)(*GATED)
+    assert fusion_passes.report().matches == {}
+    torch.testing.assert_close(out, silu_mul(*GATED), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])

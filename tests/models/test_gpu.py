@@ -51,14 +51,15 @@ def test_fragments(drawn) -> None:
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
-def test_one_line(kind: str, mode: str | None) -> None:
+def test_one_line(kind: str, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, the kernels that ran, and no synchronization: the second call runs under a CUDA graph in one mode."""
     from fusion_passes.backend import fusion_passes as backend
 
     torch.compiler.reset()
     model = copy.deepcopy(build(kind, "fp8_block", 2)).cuda()
     ids = tokens(64).cuda()
-    compiled = torch.compile(model, backend=backend, mode=mode, options={"fusions": "all"})
+    monkeypatch.setenv("FUSION_PASSES", "all")  # torch.compile takes a mode or options
+    compiled = torch.compile(model, backend=backend, mode=mode)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         for _ in range(3):
