@@ -107,8 +107,8 @@ def _stored_report(
         else repr(type(i))
         for i in example_inputs
     ]
-    rest = sorted((key, repr(value)) for key, value in options.items() if key != _OPTION)
-    text = "\0".join((uuid, gm.code, repr(inputs), repr(rest), repr(torch.is_grad_enabled())))
+    # not Inductor's options: the pass runs before any of them matters
+    text = "\0".join((uuid, gm.code, repr(inputs), repr(torch.is_grad_enabled())))
     return cuda_build.cache_dir() / "reports" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 

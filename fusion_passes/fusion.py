@@ -20,6 +20,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,13 @@ _loaded: dict[str, Fusion] | None = None
 
 
 def register(fusion: Fusion) -> Fusion:
-    """Add a fusion of your own. Raises ValueError when another fusion already has its name."""
+    """Add a fusion of your own.
+
+    Raises ValueError when another fusion or a setting already has its name.
+    """
+    from fusion_passes.settings import check_fusion_name  # here, for settings import this module
+
+    check_fusion_name(fusion.name)
     known = registry()
     if known.get(fusion.name, fusion) is not fusion:
         raise ValueError(f"a fusion named {fusion.name!r} is already registered")
@@ -187,6 +194,14 @@ def registry() -> dict[str, Fusion]:
     return dict(
         sorted(everything.items(), key=lambda item: (item[1].stage, -item[1].priority, item[0]))
     )
+
+
+def is_shipped(fusion: Fusion) -> bool:
+    """Whether it is one of ours, unchanged: what changes it is then in the hash of our sources."""
+    from fusion_passes import passes
+
+    module = sys.modules.get(f"{passes.__name__}.{fusion.name}")
+    return getattr(module, "FUSION", None) is fusion
 
 
 def _shipped() -> Iterable[Fusion]:

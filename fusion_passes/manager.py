@@ -6,14 +6,16 @@ rounding that eager performs (Inductor later drops casts that it deems pointless
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import os
 import time
 import traceback
+import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ from torch import fx
 import custom_ops
 from fusion_passes import near_miss, reporting, tables, torch_internals, verify
 from fusion_passes import settings as settings_module
-from fusion_passes.canonical import recognition, views
+from fusion_passes.canonical import common_subexpressions, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
-from fusion_passes.fusion import Fusion, registry
+from fusion_passes.fusion import Fusion, is_shipped, registry
 from fusion_passes.matching import Match, candidates, find
-from fusion_passes.operations import escapes, module_path
+from fusion_passes.operations import escapes, module_path, transparent
 from fusion_passes.reporting import NearMiss, Report, Site
 from fusion_passes.rewriting import NotRewritten, Rewrite, choose
 from fusion_passes.settings import Settings
@@ -157,32 +159,48 @@ class _Run:
 
     def _canonical(self) -> None:
         views.remove_needless(self.graph)
+        # one view for each way of looking at a value, or a recognition would have two inputs where it has one
+        common_subexpressions.merge(self.graph, lambda node: transparent(node) is not None)
         torch_internals.tidy(self.graph)
         self.recognized = recognition.recognize(self.graph, self._check_recognition)
 
     def _check_recognition(self, match: Match, results: list[fx.Node]) -> bool:
-        return self.settings.verify == "off" or self._verified(match.fusion, match, results) is None
-
-    def _verified(self, fusion: Fusion, match: Match, results: Sequence[fx.Node]) -> str | None:
-        """The reason to undo a rewrite, after a warning; raises where the settings say so."""
+        if self.settings.verify == "off":
+            return True
         try:
             verify.check(match, results)
         except verify.Differs as difference:
             if self.settings.verify == "raise":
                 raise
-            reason = f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
-            warnings.warn(
-                f"{fusion.name} at {module_path(match.outputs[0])} {reason}", stacklevel=2
-            )
-            return reason
-        return None
+            self._refuse(match.fusion, match.outputs[0], _differs(difference), "")
+            return False
+        return True
+
+    def _refuse(self, fusion: Fusion, node: fx.Node, reason: str, warning: str | None) -> None:
+        """Report why a place stays as it is, and warn of it unless ``warning``, which is added, is None."""
+        if warning is not None:
+            warnings.warn(f"{fusion.name} at {module_path(node)} {reason}{warning}", stacklevel=2)
+        self.report.near_misses.append(NearMiss(fusion.name, module_path(node), node.name, reason))
 
     def _one(self, fusion: Fusion) -> None:
         if fusion.transform is not None:
-            self.report.sites.extend(fusion.transform(self.graph))
+            self._transform(fusion, fusion.transform)
         else:
             self._patterns(fusion)
         self._dump(fusion.name)
+
+    def _transform(self, fusion: Fusion, transform: Callable[[fx.Graph], Iterable[Site]]) -> None:
+        if not is_shipped(fusion):
+            trial = fx.Graph()
+            trial.output(trial.graph_copy(self.graph, {}))
+            try:  # on a copy, as what a third party's code leaves behind when it raises cannot be undone
+                list(transform(trial))
+                trial.lint()
+            except Exception as error:
+                last = next(iter(reversed(self.graph.nodes)))
+                self._refuse(fusion, last, *_raised("transform", error))
+                return
+        self.report.sites.extend(transform(self.graph))
 
     def _patterns(self, fusion: Fusion) -> None:
         roots = dict.fromkeys(
@@ -201,33 +219,32 @@ class _Run:
 
     def _rewrite(self, fusion: Fusion, match: Match) -> bool:
         root = match.outputs[0]
-        reason = self._objection(fusion, match)
-        if reason is None:
+        rewrite = Rewrite(match, self.settings.allow_reference)
+        warning: str | None = None
+        try:
+            if objection := self._objection(fusion, match):
+                raise NotRewritten(objection)
             assert fusion.rewrite is not None
-            rewrite = Rewrite(match, self.settings.allow_reference)
-            try:
-                finished = rewrite.finish(fusion.rewrite(rewrite))
-                if self.settings.verify != "off":
-                    reason = self._verified(fusion, match, finished)
-                site = self._site(fusion, rewrite)
-            except NotRewritten as why:
-                reason = str(why)
-            except verify.Differs:
+            finished = rewrite.finish(fusion.rewrite(rewrite))
+            if self.settings.verify != "off":
+                verify.check(match, finished)
+            site = self._site(fusion, rewrite)
+        except NotRewritten as why:
+            reason = str(why)
+        except verify.Differs as difference:
+            if self.settings.verify == "raise":
                 raise
-            except (
-                Exception
-            ) as error:  # a fusion's own code, perhaps a third party's: the model must run
-                reason = f"undone, the rewrite raised {type(error).__name__}: {error}"
-                warnings.warn(
-                    f"{fusion.name} at {module_path(root)} {reason}\n{traceback.format_exc()}",
-                    stacklevel=2,
-                )
-            if reason is None:
-                rewrite.commit(finished)
-                self.report.sites.append(site)
-                return True
-            rewrite.abandon()
-        self.report.near_misses.append(NearMiss(fusion.name, module_path(root), root.name, reason))
+            reason, warning = _differs(difference), ""
+        except (
+            Exception
+        ) as error:  # a fusion's own code, perhaps a third party's: the model must run
+            reason, warning = _raised("rewrite", error)
+        else:
+            rewrite.commit(finished)
+            self.report.sites.append(site)
+            return True
+        rewrite.abandon()
+        self._refuse(fusion, root, reason, warning)
         return False
 
     def _objection(self, fusion: Fusion, match: Match) -> str | None:
@@ -300,6 +317,16 @@ class _Run:
             self._dumped += 1
 
 
+def _differs(difference: verify.Differs) -> str:
+    return f"undone, FUSION_PASSES_VERIFY found a difference: {difference}"
+
+
+def _raised(what: str, error: Exception) -> tuple[str, str]:
+    """The reason for the report, and what a warning adds to it."""
+    reason = f"undone, the {what} raised {type(error).__name__}: {error}"
+    return reason, f"\n{traceback.format_exc()}"
+
+
 def _would_cycle(match: Match) -> bool:
     """Whether an input of the match depends on one of its outputs by a way outside of it."""
     inside = set(match.nodes.values())
@@ -364,17 +391,41 @@ def _versions() -> tuple[str, ...]:
 
 
 def _foreign_fusions() -> list[Any]:
-    """What is known of fusions that are not ours: their names and the code of their functions."""
-    found: list[Any] = []
-    for name, fusion in registry().items():
-        main = fusion.rewrite or fusion.transform
-        if not getattr(main, "__module__", "").startswith("fusion_passes."):
-            found.append(
-                (name, [_code(fn) for fn in (main, *(pattern.fn for pattern in fusion.patterns))])
-            )
-    return found
+    """What is known of fusions that are not ours: everything they say, and the code of their functions."""
+    return [_identity(fusion, ()) for fusion in registry().values() if not is_shipped(fusion)]
 
 
-def _code(fn: Any) -> Any:
-    code = getattr(getattr(fn, "func", fn), "__code__", None)
-    return (code.co_code, repr(code.co_consts), code.co_names) if code else repr(fn)
+def _identity(value: Any, inside: tuple[int, ...]) -> Any:
+    """The same for the same source in every process: no address, no order of a set."""
+    if id(value) in inside:
+        return "itself"
+    inside = (*inside, id(value))
+    if isinstance(value, types.CodeType):
+        return (
+            value.co_code,
+            value.co_names,
+            [_identity(constant, inside) for constant in value.co_consts],
+        )
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [
+            _identity(part, inside)
+            for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+        ]
+    if isinstance(value, functools.partial):
+        return [_identity(part, inside) for part in (value.func, value.args, value.keywords)]
+    if dataclasses.is_dataclass(value):
+        return [
+            _identity(getattr(value, field.name), inside) for field in dataclasses.fields(value)
+        ]
+    if isinstance(value, Mapping):
+        return [(_identity(k, inside), _identity(v, inside)) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_identity(item, inside) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_identity(item, inside)) for item in value)
+    text = repr(value)
+    if " at 0x" in text:
+        named = value if hasattr(value, "__qualname__") else type(value)
+        text = f"{named.__module__}.{named.__qualname__}"
+    return text

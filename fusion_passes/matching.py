@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from fusion_passes.operations import (
     is_tensor,
     read,
     shape_of,
+    uncut,
 )
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
@@ -126,9 +127,12 @@ class Match:
 class Matcher:
     """Unifies one compiled pattern with one place of a graph, remembering how far it came."""
 
-    def __init__(self, fusion: Fusion, compiled: CompiledPattern, graph: fx.Graph) -> None:
+    def __init__(
+        self, fusion: Fusion, compiled: CompiledPattern, graph: fx.Graph, patient: bool = False
+    ) -> None:
         self.match = Match(fusion, compiled, graph)
         self.compiled = compiled
+        self.patient = patient  # look at every operand of a matmul, to say how much of it is there
         self.failure = Mismatch(-1, len(compiled.operations), None, "")
 
     def run(self, pattern_node: fx.Node, node: fx.Node) -> bool:
@@ -167,11 +171,15 @@ class Matcher:
             orders.append(found.operands[::-1])
         before = self.match.snapshot()
         for order in orders:
-            if all(
+            found_operands = (
                 self._operand(pattern_node, expected, p, node, t)
                 for p, t in zip(expected.operands, order, strict=True)
-            ):
+            )
+            patient = self.patient and expected.kind == "opaque"
+            if all(list(found_operands) if patient else found_operands):
                 return True
+            if patient and self.failure.progress < len(self.match.nodes):
+                self.failure = replace(self.failure, progress=len(self.match.nodes))
             self.match.copy_from(before)
         del self.match.nodes[pattern_node]
         return False
@@ -207,9 +215,8 @@ class Matcher:
             return self._fail(reader, f"{_name(reader)} has {found!r} where a tensor is expected")
         pointwise = operation.kind == "pointwise"
         chain = read(found, shape_of(reader) if pointwise else None)
-        pattern_base, pattern_map = read(expected, shape_of(pattern_reader) if pointwise else None)[
-            -1
-        ]
+        pattern_chain = read(expected, shape_of(pattern_reader) if pointwise else None)
+        pattern_base, pattern_map = pattern_chain[-1]
         if operation.kind in ("opaque", "rowwise") and not self._shapes(
             operation.kind, expected, reader, found
         ):
@@ -219,6 +226,8 @@ class Matcher:
         if pattern_base in self.compiled.leaves:
             return self._capture(self.compiled.leaves[pattern_base], pattern_map, chain)
         base, mapping = chain[-1]
+        if uncut([node for node, _ in chain])[1] != uncut([node for node, _ in pattern_chain])[1]:
+            return self._fail(reader, f"{_name(reader)} reads only some rows of {_name(base)}")
         self.match.maps.append((pattern_map, mapping, reader))
         return self._unify(pattern_base, base)
 
@@ -267,7 +276,12 @@ class Matcher:
                 return self._fail(
                     reader, f"{name} is on a GPU, and reading it would wait for the GPU"
                 )
-            while (operation := describe(found)) is not None and operation.name == "cast":
+            # a cast to 16 bits rounds, and is part of the value
+            while (
+                (operation := describe(found)) is not None
+                and operation.name == "cast"
+                and found.meta["val"].dtype in (torch.float32, torch.float64)
+            ):
                 found = operation.operands[0]
         elif not isinstance(found, (int, float)):
             return self._fail(reader, f"{name} is {found!r}, expected a number")
@@ -331,7 +345,8 @@ class Matcher:
             )
             if len(unknown) != 1:
                 continue
-            sizes = [shape_of(node)[-1] for node, *_ in chain if node.meta["val"].dim()]
+            nodes, _ = uncut([node for node, *_ in chain])
+            sizes = [shape_of(node)[-1] for node in nodes if node.meta["val"].dim()]
             fixed = [size for size in sizes if isinstance(size, int)]
             size = index_map.divide(max(fixed) if fixed else sizes[0], known) if sizes else None
             if size is not None:

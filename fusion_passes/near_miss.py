@@ -8,13 +8,15 @@ tells the reason.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import fx
 
 from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
 from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Matcher, Mismatch
-from fusion_passes.operations import describe, module_path, readers
+from fusion_passes.operations import describe, escapes, module_path, readers
 from fusion_passes.reporting import NearMiss
 
 THRESHOLD = 0.5
@@ -36,7 +38,9 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
             for a in [_attempt(fusion, graph, p, s, node)]
         ]
         best = max(attempts, key=lambda a: a.progress / a.total, default=None)
-        if best is not None and best.progress >= THRESHOLD * best.total:
+        # nothing but a quantization casts to float8, so the cast alone is worth a line
+        enough = 1 if fusion.signature == "cast" else THRESHOLD * (best.total if best else 0)
+        if best is not None and best.progress >= enough and best.reason:
             misses.append(
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
             )
@@ -45,7 +49,7 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
 
 def _gives_away(fusion: Fusion, node: fx.Node) -> bool:
     operation = describe(node)
-    if operation is None or operation.name != fusion.signature:
+    if operation is None or operation.name not in fusion.signature.split():
         return False
     dtype = node.meta["val"].dtype
     return operation.name != "cast" or dtype is torch.float8_e4m3fn
@@ -55,7 +59,7 @@ def _attempt(
     fusion: Fusion, graph: fx.Graph, compiled: CompiledPattern, start: fx.Node, node: fx.Node
 ) -> Mismatch:
     """Lay the pattern on ``node`` with its operation ``start``, and walk down as far as it fits."""
-    matcher = Matcher(fusion, compiled, graph)
+    matcher = Matcher(fusion, compiled, graph, patient=True)
     if not matcher.run(start, node):
         return matcher.failure
     reached, place = start, node
@@ -84,10 +88,15 @@ def _attempt(
                 reason = matcher.failure.reason
             return Mismatch(len(matcher.match.nodes), len(compiled.operations), place, reason)
     total = len(compiled.operations)
-    if (
-        reached is compiled.outputs[0]
-    ):  # all of it is there: recognized, unless a constraint objects
-        for constraint in fusion.constraints:
-            if not constraint.holds(matcher.match):
-                return Mismatch(total, total, node, constraint.reason(matcher.match))
+    if reached is compiled.outputs[0]:  # all of it is there
+        for inner, user in escapes(matcher.match.nodes.values(), matcher.match.outputs):
+            if not fusion.allow_shared:
+                reason = f"{inner.name} inside of it is also used by {user.name}"
+                return Mismatch(total, total, inner, reason)
+        with contextlib.suppress(
+            Exception
+        ):  # of a third party's: the rewrite met it and reported it
+            for constraint in fusion.constraints:
+                if not constraint.holds(matcher.match):
+                    return Mismatch(total, total, node, constraint.reason(matcher.match))
     return Mismatch(0, total, node, "")

@@ -6,6 +6,7 @@ views, expands and slices to the value that they rearrange.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,14 @@ def read(operand: fx.Node, reader_shape: Sequence[Size] | None) -> list[tuple[fx
             break
         chain.append((source, composed))
     return chain
+
+
+def uncut(chain: Sequence[fx.Node]) -> tuple[Sequence[fx.Node], bool]:
+    """Of a chain from an operand up to its source, the nodes before rows are lost; and whether any are."""
+    for index, (node, source) in enumerate(itertools.pairwise(chain)):
+        if node.target is aten.slice.Tensor and shape_of(node) != shape_of(source):
+            return chain[: index + 1], True
+    return chain, False
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:

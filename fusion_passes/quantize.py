@@ -124,11 +124,13 @@ def quantize_(
     """
     if scheme != "fp8_block":
         raise ValueError(f"scheme is {scheme!r}; accepted: 'fp8_block'")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model is itself a torch.nn.Linear, which cannot be replaced in place: use Fp8BlockLinear.from_linear"
+        )
     shared = _shared_weights(model)
     take = filter or (
-        lambda name, linear: (
-            name.split(".")[-1] != "lm_head" and linear.weight.data_ptr() not in shared
-        )
+        lambda name, linear: name.split(".")[-1] != "lm_head" and id(linear.weight) not in shared
     )
     chosen = [
         (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)
@@ -191,6 +193,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
     seen: dict[int, str] = {}
     shared = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if seen.setdefault(parameter.data_ptr(), name) != name:
-            shared.add(parameter.data_ptr())
+        if seen.setdefault(id(parameter), name) != name:  # no address: on the meta device all are 0
+            shared.add(id(parameter))
     return shared

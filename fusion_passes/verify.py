@@ -73,7 +73,7 @@ def difference(
     share = float(moved.double().mean()) if a.numel() else 0.0
     # two steps in 16 bits: a value is rounded, multiplied and rounded again (a norm's weight, silu's gate)
     step = {torch.float8_e4m3fn: 2.0**-3, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(
-        expected.dtype, 2.0**-7
+        expected.dtype, 2.0**-6
     )
     tiny = {torch.float8_e4m3fn: 2.0**-9, torch.float16: 2.0**-23}.get(expected.dtype, 0.0)
     within = (a - b).abs() <= torch.maximum(a.abs(), b.abs()) * step + tiny

@@ -9,17 +9,20 @@ dozen nodes; only after they are merged does a norm's output have the one user t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 
-def merge(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Merge equal nodes; returns pairs of (merged away, survivor). The former are erased, with empty arguments."""
+def merge(
+    graph: fx.Graph, only: Callable[[fx.Node], bool] = lambda node: True
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Merge equal nodes (``only`` those); returns pairs of (merged away, survivor), the former erased."""
     seen: dict[Any, fx.Node] = {}
     merged = []
-    for node in list(graph.nodes):
+    for node in filter(only, list(graph.nodes)):
         if node.op not in ("call_function", "get_attr") or not _is_pure(node) or _is_returned(node):
             continue
         key = (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))

@@ -96,13 +96,13 @@ def _plus_one(x: T, weight: T, eps: float) -> T:
 NORMS = (
     # Llama, Qwen, Mistral: the normalized value is rounded, then multiplied in the activation dtype
     _norm_pattern("rounded", "rounded", _rounded),
+    # Gemma: one plus the weight, in float32; before the others, which would take the sum for a float32 weight
+    _norm_pattern("gemma", "float32_plus_one", _plus_one),
+    _norm_pattern("gemma, float32 weight", "float32_plus_one", _plus_one, torch.float32),
     # torch.nn.RMSNorm, OLMo2: a 16-bit weight, promoted in a float32 product
     _norm_pattern("float32", "float32", _promoted),
     _norm_pattern("float32, cast weight", "float32", _cast),
     _norm_pattern("float32 weight", "float32", _promoted, torch.float32),
-    # Gemma: one plus the weight, in float32
-    _norm_pattern("gemma", "float32_plus_one", _plus_one),
-    _norm_pattern("gemma, float32 weight", "float32_plus_one", _plus_one, torch.float32),
 )
 
 

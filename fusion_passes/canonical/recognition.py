@@ -34,12 +34,14 @@ class Recognized:
     node: fx.Node
     results: list[fx.Node]
     spelling: fx.Graph
-    inputs: list[fx.Node]  # placeholders of spelling, one for each input of node
+    inputs: list[fx.Node]  # for each argument of node that is a node, its placeholder in spelling
 
     def restore(self, graph: fx.Graph) -> None:
         if not self.node.users:  # erased: a fusion took it
             return
-        values = dict(zip(self.inputs, self.node.all_input_nodes, strict=True))
+        # by argument: two inputs may have become one node since
+        arguments = [argument for argument in self.node.args if isinstance(argument, fx.Node)]
+        values = dict(zip(self.inputs, arguments, strict=True))
         with graph.inserting_before(self.node):
             for (
                 node
@@ -106,11 +108,9 @@ def recognize(
                     "val"
                 ]  # the strides that the rest of the graph counts on
             node = next(n for n in rewrite.emitted if hasattr(n.target, "meaning_kind"))
-            spelling = _copy_region(match.outputs, node.all_input_nodes)
-            if spelling is None:
-                rewrite.abandon()
-                continue
-            if check is not None and not check(match, results):
+            inputs = [argument for argument in node.args if isinstance(argument, fx.Node)]
+            spelling = _copy_region(match.outputs, inputs)
+            if spelling is None or (check is not None and not check(match, results)):
                 rewrite.abandon()
                 continue
             rewrite.commit(results)
@@ -143,15 +143,15 @@ def _copy_region(
         node = stack.pop()
         if node in region or node in inputs:
             continue
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            continue  # a size stays where it is
         if node.op != "call_function":
-            if isinstance(node.meta.get("val"), torch.SymInt):
-                continue  # a size that is an input of the graph stays where it is
             return None
         region.add(node)
         stack.extend(node.all_input_nodes)
     copy = fx.Graph()
-    copied = {node: copy.placeholder(node.name) for node in inputs}
-    placeholders = list(copied.values())
+    copied = {node: copy.placeholder(node.name) for node in dict.fromkeys(inputs)}
+    placeholders = [copied[node] for node in inputs]
     for node in sorted(region):
         copied[node] = copy.node_copy(node, lambda n: copied.get(n, n))
     copy.output(tuple(copied[node] for node in outputs))

@@ -83,7 +83,7 @@ FUSION = Fusion(
             ),
         ),
     ),
-    signature="aten.mm.default",
+    signature="aten.mm.default aten.addmm.default",
     allow_shared=True,  # the dequantized activation is shared by the linears that read it, and each is rewritten
     # stock: both operands are dequantized to 16 bits, written, and read again by the GEMM
     bytes_before=f"5*num_tokens*num_groups*{BLOCK} + 5*out_features*num_groups*{BLOCK} + 2*num_tokens*out_features",
