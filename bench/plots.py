@@ -20,7 +20,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, pairs in newest(runs).items():
-        rows = [row for _, row in pairs if row.ours_us]
+        rows = [row for _, row in pairs if row.ours_us and "tokens" in row.sizes]
         for name, plot in (("bandwidth", _bandwidth), ("speedup", _speedup), ("layer", _layer)):
             figure = plot(rows, device)
             if figure is not None:

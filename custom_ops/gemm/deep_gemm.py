@@ -6,6 +6,8 @@ capture: a shape that has not run before the capture is an error there, not a co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,19 @@ def unsupported(
     if not (known(n > 0) and known(n % _N_MULTIPLE == 0)):
         return f"needs N a positive multiple of {_N_MULTIPLE} (TMA), N is {n}"
     return None
+
+
+def load() -> Callable[..., Tensor]:
+    """Import DeepGEMM and start its runtime.
+
+    The runtime keeps a workspace of 32 MiB that it allocates when it is first used. In a first call under
+    `mode="reduce-overhead"` that memory would come from the CUDA graph's pool, and Inductor rightly refuses
+    a tensor that lives there unseen; so it is allocated here, when the op is made ready.
+    """
+    import deep_gemm
+
+    deep_gemm.get_num_sms()
+    return block_scaled_mm
 
 
 def block_scaled_mm(

@@ -115,7 +115,7 @@ OP = library.define(
         ),
         Implementation(
             "deep_gemm",
-            lambda: deep_gemm.block_scaled_mm,
+            deep_gemm.load,
             deep_gemm.unavailable,
             deep_gemm.unsupported,
         ),

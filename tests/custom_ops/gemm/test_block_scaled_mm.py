@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from hypothesis import given
@@ -228,6 +231,16 @@ def test_cublaslt_leaves_what_it_cannot_take():
         a, a_scale, b[:200], b_scale, out_dtype=torch.bfloat16
     )
     assert "needs a CUDA tensor" in cublaslt.unavailable(torch.device("cpu"))
+
+
+def test_deep_gemm_starts_its_runtime_when_it_is_loaded(monkeypatch):
+    """Not in the first call, which may allocate from the memory pool of a CUDA graph."""
+    started = []
+    stand_in = types.ModuleType("deep_gemm")
+    stand_in.get_num_sms = lambda: started.append(True)
+    monkeypatch.setitem(sys.modules, "deep_gemm", stand_in)
+    assert deep_gemm.load() is deep_gemm.block_scaled_mm
+    assert started == [True]
 
 
 @pytest.mark.gpu
