@@ -151,11 +151,20 @@ def describe(suite: str, device: torch.device, timer: str, copy_gbps: float) -> 
             **{name: platform.package_version(name) for name in PACKAGES},
         },
         commit=_commit(),
-        command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        command=_command(sys.argv[1:]),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         timer=timer,
         copy_gbps=copy_gbps,
     )
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What was run, less the folder on the machine that it was run on."""
+    kept = list(arguments)
+    if "--out" in kept:
+        place = kept.index("--out")
+        del kept[place : place + 2]
+    return shlex.join(["python", "-m", "bench", *kept])
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import functools
 import torch
 from torch import Tensor
 
-from custom_ops import platform
 from custom_ops.gemm import deep_gemm
 from custom_ops.scales import as_rows, known
 
@@ -23,17 +22,12 @@ _TILE_M, _TILE_N = 256, 128
 
 def unavailable(device: torch.device) -> str | None:
     """Why cuBLASLt cannot run block-scaled products on a device, or None."""
-    if device.type != "cuda":
-        return f"needs a CUDA tensor, this one is on {device.type}"
-    capability = platform.cuda_capability(device)
-    if capability != (9, 0):
-        return f"needs compute capability 9.0 for float32 block scales, here is {capability}"
+    if reason := deep_gemm.needs_hopper(device):
+        return reason
     version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
-    return (
-        None
-        if version >= (12, 9)
-        else f"needs CUDA 12.9, torch was built with {torch.version.cuda}"
-    )
+    if version < (12, 9):
+        return f"needs CUDA 12.9, torch was built with {torch.version.cuda}"
+    return None
 
 
 def unsupported(

@@ -23,14 +23,21 @@ _N_MULTIPLE = 8
 compiled: set[tuple[int, int, int, int]] = set()
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why DeepGEMM cannot run on a device, or None."""
+def needs_hopper(device: torch.device) -> str | None:
+    """Why a library with float32 block scales cannot run on a device, or None."""
     if device.type != "cuda":
         return f"needs a CUDA tensor, this one is on {device.type}"
     capability = platform.cuda_capability(device)
     if capability != (9, 0):
         # Blackwell wants UE8M0 scales; the scales here are float32 and are never changed silently.
         return f"needs compute capability 9.0 for float32 scales, here is {capability}"
+    return None
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why DeepGEMM cannot run on a device, or None."""
+    if reason := needs_hopper(device):
+        return reason
     if not platform.has_deep_gemm():
         return "deep_gemm is not installed (pip install sgl-deep-gemm apache-tvm-ffi)"
     return None
