@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import custom_ops
 from custom_ops import cuda_build
 from fusion_passes import reporting, torch_internals
 from fusion_passes import settings as settings_module
@@ -41,7 +42,7 @@ def fusion_passes(
         settings, after=inductor.get(_OPTION, torch_internals.inductor_default(_OPTION))
     )
     inductor[_OPTION] = fusion_pass
-    stored = _stored_report(gm, example_inputs, fusion_pass, inductor)
+    stored = _stored_report(gm, example_inputs, fusion_pass)
     compiled = torch_internals.compile_with_inductor(gm, example_inputs, inductor)
     if fusion_pass.latest is None:
         _report_of_cached_graph(stored, settings.report)
@@ -89,10 +90,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _stored_report(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    fusion_pass: FusionPass,
-    options: dict[str, Any],
+    gm: fx.GraphModule, example_inputs: Sequence[Any], fusion_pass: FusionPass
 ) -> Path | None:
     """Where the report of this graph is kept for the time when Inductor answers from its cache.
 
@@ -112,9 +110,19 @@ def _stored_report(
     return cuda_build.cache_dir() / "reports" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
+def _prepare(report: Report) -> None:
+    """Make ready what a cached graph calls, as the pass does for a graph that it sees."""
+    for name in sorted({name for site in report.sites for name in site.implementations}):
+        op, _, chosen = name.partition(":")
+        for implementation in custom_ops.ops()[op].implementations:
+            if implementation.name == chosen:
+                implementation.prepare()
+
+
 def _report_of_cached_graph(stored: Path | None, destination: bool | Path) -> None:
     if stored is not None and stored.exists():
         report = Report.from_json(stored.read_text())
+        _prepare(report)
     else:
         report = Report(
             notes=[

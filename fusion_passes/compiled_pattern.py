@@ -44,9 +44,17 @@ class CompiledPattern:
             str(s) for e in expressions for s in sorted(sympy.sympify(e).free_symbols, key=str)
         )
         self.sizes = dict(zip(names, _PRIMES, strict=False))
+        if len(names) > len(_PRIMES):
+            raise ValueError(
+                f"pattern {pattern.name!r} has {len(names)} sizes; accepted: up to {len(_PRIMES)}"
+            )
         self._values = {e: int(sympy.sympify(e).subs(self.sizes)) for e in expressions}
         scalars = [name for name, spec in pattern.inputs.items() if isinstance(spec, Scalar)]
         self.scalars = dict(zip(scalars, _SCALARS, strict=False))
+        if len(scalars) > len(_SCALARS):
+            raise ValueError(
+                f"pattern {pattern.name!r} has {len(scalars)} scalars; accepted: up to {len(_SCALARS)}"
+            )
         tensors = {name: spec for name, spec in pattern.inputs.items() if isinstance(spec, Tensor)}
         self.graph = torch_internals.trace_pattern(
             lambda *args: pattern.fn(**self._arguments(dict(zip(tensors, args, strict=True)))),

@@ -58,8 +58,14 @@ class FusionPass(torch_internals.CustomGraphPass):
         return self.settings if self.settings is not None else settings_module.current()
 
     def uuid(self) -> str | None:
-        """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none."""
+        """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none.
+
+        Inductor asks for it before it looks into its cache, and this is the only word that a pass hears of a graph
+        that is found there. Such a graph calls the CUDA C++ ops by name, so they are loaded here.
+        """
+        _load_cuda_ops()
         parts = [
+            str(custom_ops.platform.triton_interpret()),
             source_hash(),
             repr(self._settings().cache_key()),
             *_versions(),
@@ -147,6 +153,10 @@ class _Run:
                     name, *fusion.default_state(self.arch)
                 )
             fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
+        if self.settings.warmup != "skip":
+            self.report.notes.append(
+                f"warm-up is not built yet: warmup={self.settings.warmup} has no effect"
+            )
         if not self.applies or not fusions:
             return
         self._dump("before")
@@ -235,9 +245,8 @@ class _Run:
             if self.settings.verify == "raise":
                 raise
             reason, warning = _differs(difference), ""
-        except (
-            Exception
-        ) as error:  # a fusion's own code, perhaps a third party's: the model must run
+        except Exception as error:
+            # a fusion's own code, perhaps a third party's: the model must run
             reason, warning = _raised("rewrite", error)
         else:
             rewrite.commit(finished)
@@ -366,6 +375,13 @@ def _warn_unsupported() -> None:
         f"fusion_passes supports torch {first} to {last}, this is {torch.__version__}: graphs compile unfused",
         stacklevel=2,
     )
+
+
+def _load_cuda_ops() -> None:
+    if torch.cuda.is_initialized() and "cuda" in custom_ops.ops()["group_quant"].usable(
+        torch.device("cuda", torch.cuda.current_device())
+    ):
+        custom_ops.library.load_cuda()
 
 
 @functools.cache

@@ -93,9 +93,8 @@ def _attempt(
             if not fusion.allow_shared:
                 reason = f"{inner.name} inside of it is also used by {user.name}"
                 return Mismatch(total, total, inner, reason)
-        with contextlib.suppress(
-            Exception
-        ):  # of a third party's: the rewrite met it and reported it
+        # what a third party's constraint raises, the rewrite has met and reported
+        with contextlib.suppress(Exception):
             for constraint in fusion.constraints:
                 if not constraint.holds(matcher.match):
                     return Mismatch(total, total, node, constraint.reason(matcher.match))

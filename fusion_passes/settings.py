@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     warmup: Literal["skip", "relax", "full"] = _setting(
         "skip",
         "`skip`, `relax` or `full`",
-        "how much of the GEMM JIT to compile ahead of the first call",
+        "how much of the GEMM JIT to compile ahead of the first call (not built yet: noted in the report)",
     )
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
