@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +89,39 @@ def test_verified_on_the_spot() -> None:
             tokens(64).cuda(), use_cache=False
         )
     assert fusion_passes.report().matches == fp8_matches(2)
+
+
+ANOTHER_PROCESS = """
+import torch
+from torch._dynamo.utils import counters
+import fusion_passes
+from fusion_passes.backend import fusion_passes as backend
+from tests.models.zoo import build, tokens
+
+torch.manual_seed(0)
+model, ids = build("llama", "fp8_block", 2).cuda(), tokens(64).cuda()
+with torch.no_grad():
+    logits = torch.compile(model, backend=backend)(ids, use_cache=False).logits
+hits = counters["inductor"]["fxgraph_cache_hit"]
+print(hits, sum(fusion_passes.report().matches.values()), float(logits.double().norm()))
+"""
+
+
+def test_a_second_process_runs_the_cached_graph(tmp_path: Path) -> None:
+    """The kernels that a cached graph calls by name are there, though the pass never ran in that process."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "FUSION_PASSES": "all"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", ANOTHER_PROCESS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for _ in range(2)
+    ]
+    for run in runs:
+        assert run.returncode == 0, run.stderr[-2000:]
+    (cold, matches, norm), (warm, *again) = (run.stdout.split()[-3:] for run in runs)
+    assert int(cold) == 0 and int(warm) > 0
+    assert [matches, norm] == again and int(matches) > 0
