@@ -1,4 +1,4 @@
-"""`python -m bench run | show | plot | compare | tune | readme`."""
+"""`python -m bench run | show | plot | compare | tune | warmup | readme`."""
 
 from __future__ import annotations
 
@@ -141,6 +141,25 @@ def compile_time(
     path = session.save(out)
     _print(session, session.rows)
     console.print(f"written to {path}")
+
+
+@app.command()
+def warmup(
+    out: Annotated[Path, typer.Option(help="folder for the JSON file")] = FOLDER,
+    serial_seconds: Annotated[
+        float, typer.Option(help="how long to compile one by one; scaled to all kernels after that")
+    ] = 45.0,
+    commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
+) -> None:
+    """Measure JIT warm-up on a GPU, in about five minutes. Exits with 1 when a bar is missed."""
+    from bench import warmup as warming
+
+    session, path = warming.measure(
+        out, serial_seconds, commit, lambda name, answer: console.print(name, answer, markup=False)
+    )
+    _print(session, session.rows)
+    console.print(f"written to {path}")
+    raise typer.Exit(any(row.errors or row.missed for row in session.rows))
 
 
 @app.command()

@@ -3,6 +3,8 @@
 A fusion is on where it is ahead of stock `torch.compile`: never below 0.97 of it (the noise of a run), and
 above 1 somewhere. A fusion with cases of its own is judged by those, any other by the models in which it
 fired. The time of the plugin counts, not that of the bare op.
+
+Also writes `custom_ops/tables/<arch>.json`: which implementation, and which Triton tile, of scaled_mm won where.
 """
 
 from __future__ import annotations
@@ -15,32 +17,86 @@ from typing import Any
 from bench.results import ROOT, Row, Run, newest
 
 TABLES = ROOT / "fusion_passes" / "tables"
+PRODUCTS = ROOT / "custom_ops" / "tables"
 NOISE = 0.97
+PRODUCT = "scaled_mm"
 
 
 def write(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """One table per GPU architecture in the results; returns the paths."""
+    """The tables of each GPU architecture in the results; returns the paths.
+
+    Those of fusions go to `folder`; those of products to `PRODUCTS`, or below `folder` where that is not `TABLES`.
+    """
     from fusion_passes.fusion import registry
 
     paths = []
     on_gpus = [run for run in runs if run.device["arch"] != "cpu"]
     for arch in dict.fromkeys(run.device["arch"] for run in on_gpus):
         devices = newest([run for run in on_gpus if run.device["arch"] == arch])
-        table = distil([pair for pairs in devices.values() for pair in pairs], list(registry()))
-        path = folder / f"{arch}.json"
-        path.write_text(json.dumps(table, indent=1) + "\n")
-        paths.append(path)
+        pairs = [pair for pairs in devices.values() for pair in pairs]
+        paths.append(_write(folder / f"{arch}.json", distil(pairs, list(registry()))))
+        if any(product_kind(row) for _, row in pairs):
+            beside = PRODUCTS if folder == TABLES else folder / "products"
+            paths.append(_write(beside / f"{arch}.json", distil_products(pairs)))
     return paths
 
 
+def _write(path: Path, table: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    return path
+
+
 def distil(pairs: Sequence[tuple[Run, Row]], fusions: Sequence[str]) -> dict[str, Any]:
+    return {
+        **_provenance(pairs),
+        "fusions": {name: verdict(name, [row for _, row in pairs]) for name in fusions},
+    }
+
+
+def _provenance(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
     latest = max((run for run, _ in pairs), key=lambda run: run.date)
     return {
         "arch": latest.device["arch"],
         "device": ", ".join(dict.fromkeys(run.device["name"] for run, _ in pairs)),
         "commit": latest.commit,
-        "fusions": {name: verdict(name, [row for _, row in pairs]) for name in fusions},
     }
+
+
+def product_kind(row: Row) -> str | None:
+    """The kind of product that a row measured, as `custom_ops.tables` calls it; None for other rows."""
+    if not row.case.startswith(f"{PRODUCT}_"):
+        return None
+    return " ".join(row.case.removeprefix(f"{PRODUCT}_").rsplit("_", 1))
+
+
+def distil_products(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
+    """The winners by kind, N, K and number of tokens; of two devices the one measured last decides."""
+    measured = [(run, row) for run, row in pairs if product_kind(row)]
+    winners: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+    for _, row in sorted(measured, key=lambda pair: pair[0].date):
+        tiles = {
+            way.removeprefix("tile "): us
+            for way, us in row.warm_us.items()
+            if way.startswith("tile ")
+        }
+        if not tiles:
+            continue
+        tile = min(tiles, key=lambda name: tiles[name])
+        us = {"triton": tiles[tile]}
+        if "cublaslt" in row.warm_us:
+            us["cublaslt"] = row.warm_us["cublaslt"]
+        n, k, m = (row.sizes[name] for name in ("n", "k", "tokens"))
+        winners.setdefault(str(product_kind(row)), {})[n, k, m] = {
+            "n": n,
+            "k": k,
+            "m": m,
+            "implementation": min(us, key=lambda name: us[name]),
+            "tile": tile,
+            "us": {name: round(time, 2) for name, time in us.items()},
+        }
+    kinds = {kind: [rows[key] for key in sorted(rows)] for kind, rows in sorted(winners.items())}
+    return {**_provenance(measured), PRODUCT: kinds}
 
 
 def verdict(fusion: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -41,7 +41,13 @@ VARIABLES = ("CUSTOM_OPS_DISABLE", "CUSTOM_OPS_CACHE_DIR")
 # inserted without any constraint; needs_fixed_stride_order holds for both (2.11 and 2.13).
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_SCALAR_TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}
+_SCALAR_TYPES = {
+    torch.float32: 6,
+    torch.float16: 5,
+    torch.bfloat16: 15,
+    torch.float8_e4m3fn: 24,
+    torch.int8: 1,
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}

@@ -19,29 +19,53 @@ A column-major scale viewed as `[M, G]` has strides (1, pitch). The padding of t
 is not visible in the shape. DeepGEMM on Hopper reads that layout as it is. (A TMA box may read up to
 12 bytes after the last column; the CUDA caching allocator rounds blocks to 512 bytes, so they exist.)
 
+Arithmetic
+----------
+T is the dtype of x, MAX is 448 (float8_e4m3fn) or 127 (int8), fl() one rounding to float32. Every operation
+is float32 and correctly rounded, unless a T stands before it:
+
+    amax  = max |x| over the group                 NaN anywhere in the group gives NaN
+    amax  = max(amax, min_amax)                    NaN stays NaN, here and below
+    scale = by scale_mode                          | divide           | fl(amax / MAX)
+                                                   | reciprocal       | fl(amax * fl(1 / MAX))
+                                                   | divide_input     | T(fl(amax / MAX))
+                                                   | reciprocal_input | T(fl(amax * fl(1 / MAX)))
+    scale = max(scale, min_scale)                  in the modes ending in _input rounded to T again
+    scale = the power of two from scale up         scale_format ue8m0 and ue8m0_packed only
+    v     = by code_mode                           | divide           | fl(x / scale)
+                                                   | reciprocal       | fl(x * fl(1 / scale))
+                                                   | reciprocal_input | T(x * T(fl(1 / scale)))
+    code  = clamp(v, -MAX, MAX) to the nearest code, ties to even
+
+`reciprocal` is what eager PyTorch computes on a GPU for `amax / 448.0`, and the modes ending in `_input`
+are what a graph computes that never leaves T. They differ in bits: none stands for another (but where T is
+bfloat16 and the bounds are 0, `divide_input` and `reciprocal_input` are the same for every amax).
+
+A power of two is found from the bits of scale, never by a logarithm: 2^(e - 127) with e = 0..254. As
+`ue8m0` it is a float32; as `ue8m0_packed` the bytes e of four neighbouring groups are one int32, the first
+group in the lowest byte and the groups past the last one 0, in the layout column_major_tma.
+
 Edges
 -----
-The same in every implementation, for float8_e4m3fn with float32 scales. All arithmetic is float32 and
-every division is IEEE division, correctly rounded:
-
-    amax  = max |x| over the group          NaN anywhere in the group gives NaN
-    amax  = max(amax, min_amax)             NaN stays NaN
-    scale = amax / 448
-    code  = e4m3(clamp(x / scale, -448, 448))      round to nearest, ties to even; NaN stays NaN
+The same in every implementation, for float32 scales and scale_mode and code_mode "divide":
 
 | group                        | scale          | codes                                                  |
 | ---------------------------- | -------------- | ------------------------------------------------------ |
-| all zero                     | min_amax / 448 | 0                                                      |
+| all zero                     | min_amax / MAX | 0                                                      |
 | all zero, min_amax = 0       | 0              | NaN (0 / 0, as in eager)                               |
 | subnormal values             | as above       | as above; no flush to zero                             |
-| x / scale beyond 448         | as above       | saturates to +-448 (rounding of the scale can do that) |
+| x / scale beyond MAX         | as above       | saturates to +-MAX (rounding of the scale can do that) |
 | contains Inf                 | Inf            | NaN where x is Inf, 0 where it is finite               |
 | contains NaN                 | NaN            | NaN everywhere                                         |
-| exact power of two times 448 | exact          | exact                                                  |
+| exact power of two times MAX | exact          | exact                                                  |
 | negative zero                | as above       | -0 (code 0x80)                                         |
 
+An int8 code of NaN is 0, and there is no -0. A power of two below 2^-127 is 2^-127, that of scale 0 too (so
+the codes of zeros are 0); that of Inf is Inf and that of NaN is NaN, both of which are the byte 255.
+
 Which of the two NaN codes (0x7f, 0xff), and which payload a NaN scale has, is not specified. With no
-tokens the outputs are empty, have the strides of their layout, and nothing is launched.
+tokens the outputs are empty, have the strides of their layout, and nothing is launched; the amax of a
+tensor without elements is 0.
 """
 
 from __future__ import annotations
@@ -54,10 +78,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
 DEFAULT_MIN_AMAX = 1e-10
-GROUP_SIZES = (64, 128)
+GROUP_SIZES = (32, 64, 128)
+CODE_DTYPES = (torch.float8_e4m3fn, torch.int8)
 SCALE_LAYOUTS = ("row_major", "column_major", "column_major_tma")
+SCALE_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
+SCALE_MODES = ("divide", "reciprocal", "divide_input", "reciprocal_input")
+CODE_MODES = ("divide", "reciprocal", "reciprocal_input")
+BLOCK = 128  # side of the blocks of a weight
+GROUPS_PER_WORD = 4  # exponents in an int32 of ue8m0_packed
 TMA_ALIGNMENT_BYTES = 16
 
 
@@ -96,30 +125,35 @@ def pitch_of(num_tokens: int, layout: str, itemsize: int = 4) -> int:
     return pitch
 
 
+def code_max(dtype: torch.dtype) -> float:
+    """The largest magnitude of a code: 448 for float8_e4m3fn; 127 for int8, whose -128 is not used."""
+    return 448.0 if dtype == torch.float8_e4m3fn else 127.0
+
+
 def scale_strides(tokens: Sequence[int], groups: int, layout: str) -> list[int]:
-    """Strides of a float32 scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`."""
+    """Strides of a 4-byte scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`."""
     if layout == "row_major":
         return contiguous_strides([*tokens, groups])
     return [*contiguous_strides(tokens), pitch_of(math.prod(tokens), layout)]
 
 
 def empty_scale(
-    tokens: Sequence[int], groups: int, layout: str, device: torch.device | str
+    tokens: Sequence[int],
+    groups: int,
+    layout: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """An uninitialised float32 scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`."""
+    """An uninitialised scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`; int32 if packed."""
     if layout == "row_major":
-        return torch.empty((*tokens, groups), dtype=torch.float32, device=device)
-    return torch.empty_strided(
-        (*tokens, groups),
-        scale_strides(tokens, groups, layout),
-        dtype=torch.float32,
-        device=device,
-    )
+        return torch.empty((*tokens, groups), dtype=dtype, device=device)
+    strides = scale_strides(tokens, groups, layout)
+    return torch.empty_strided((*tokens, groups), strides, dtype=dtype, device=device)
 
 
 def to_layout(scale: Tensor, layout: str) -> Tensor:
-    """A float32 scale with the exact strides of a layout: itself if it has them already, else a copy."""
-    out = empty_scale(scale.shape[:-1], scale.shape[-1], layout, scale.device)
+    """A scale with the exact strides of a layout: itself if it has them already, else a copy."""
+    out = empty_scale(scale.shape[:-1], scale.shape[-1], layout, scale.device, scale.dtype)
     return scale if scale.stride() == out.stride() else out.copy_(scale)
 
 
@@ -146,36 +180,45 @@ def layouts_of(scale: Tensor) -> tuple[str, ...]:
     return tuple(layout for layout in SCALE_LAYOUTS if has_layout(scale, layout))
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """`[..., K]` as `[M, K]` with neighbours along K in memory: a view where strides allow, else a copy.
+def as_rows(x: Tensor, max_step: int = 1) -> Tensor:
+    """`[..., K]` as `[M, K]` with a step of at most max_step along K: a view where strides allow, else a copy.
 
     Kernels take any row pitch, so a slice of a packed tensor and most views are not copied.
     """
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if 1 <= x.stride(-1) <= max_step or x.shape[-1] <= 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """How a tensor is quantized.
 
-    dtype: dtype of the codes. group_shape: (tokens, channels) that share a scale: (1, 128) for
-    activations, (128, 128) for weights. scale_format: "float32". scale_layout: one of `SCALE_LAYOUTS`.
+    dtype: dtype of the codes. group_shape: (tokens, channels) that share a scale, None for all of them:
+    (1, 128) per group, (1, None) per token, (None, None) per tensor, (128, 128) for weights.
+    scale_format: one of `SCALE_FORMATS`. scale_layout: one of `SCALE_LAYOUTS`.
     Raises ValueError for what no op here produces or consumes.
     """
 
     dtype: torch.dtype = torch.float8_e4m3fn
-    group_shape: tuple[int, int] = (1, 128)
+    group_shape: tuple[int | None, int | None] = (1, 128)
     scale_format: str = "float32"
     scale_layout: str = "row_major"
 
     def __post_init__(self) -> None:
+        per_group = [(1, size) for size in GROUP_SIZES]
+        shapes = (*per_group, (1, None), (None, None), (BLOCK, BLOCK))
+        layouts: tuple[str, ...] = SCALE_LAYOUTS
+        formats: tuple[str, ...] = SCALE_FORMATS
+        if self.group_shape not in per_group:
+            layouts, formats = ("row_major",), ("float32", "ue8m0")
+        elif self.scale_format == "ue8m0_packed":
+            layouts = ("column_major_tma",)
         for name, value, accepted in (
-            ("dtype", self.dtype, (torch.float8_e4m3fn,)),
-            ("group_shape", self.group_shape, ((1, 64), (1, 128), (128, 128))),
-            ("scale_format", self.scale_format, ("float32",)),
-            ("scale_layout", self.scale_layout, SCALE_LAYOUTS),
+            ("dtype", self.dtype, CODE_DTYPES),
+            ("group_shape", self.group_shape, shapes),
+            ("scale_format", self.scale_format, formats),
+            ("scale_layout", self.scale_layout, layouts),
         ):
             if value not in accepted:
                 choices = ", ".join(map(str, accepted))
@@ -183,25 +226,48 @@ class QuantSpec:
 
     @property
     def max(self) -> float:
-        """The largest finite code."""
-        return torch.finfo(self.dtype).max
+        """The largest magnitude of a code."""
+        return code_max(self.dtype)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """dtype of the scale: float32, or int32 where four exponents are packed into one element."""
+        return torch.int32 if self.scale_format == "ue8m0_packed" else torch.float32
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor of this shape: sizes rounded up to whole groups."""
+        """Shape of the scale of a tensor of this shape: sizes rounded up to whole groups and words."""
         rows, columns = self.group_shape
+        if rows is None:
+            return (1,)
         tokens, channels = shape[:-1], shape[-1]
         if rows > 1:
             tokens = (*tokens[:-1], -(-tokens[-1] // rows))
+        if columns is None:
+            return (*tokens, 1)
+        if self.scale_format == "ue8m0_packed":
+            columns = columns * GROUPS_PER_WORD
         return (*tokens, -(-channels // columns))
 
     def empty(self, shape: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Uninitialised (codes, scale) for a tensor of this shape: codes contiguous, scale in its layout."""
-        scale_shape = self.scale_shape(shape)
+        *tokens, groups = self.scale_shape(shape)
         codes = torch.empty(shape, dtype=self.dtype, device=device)
-        return codes, empty_scale(scale_shape[:-1], scale_shape[-1], self.scale_layout, device)
+        return codes, empty_scale(tokens, groups, self.scale_layout, device, self.scale_dtype)
+
+    def empty_of_experts(
+        self, shape: Sequence[int], device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """The same for [experts, tokens, K], where the scale of each expert is in the layout on its own."""
+        experts, tokens, groups = self.scale_shape(shape)
+        size = tokens if self.scale_layout == "row_major" else pitch_of(tokens, self.scale_layout)
+        strides = scale_strides((tokens,), groups, self.scale_layout)
+        scale = torch.empty_strided(
+            (experts, tokens, groups),
+            (at_least_one(size) * at_least_one(groups), *strides),
+            dtype=self.scale_dtype,
+            device=device,
+        )
+        return torch.empty(shape, dtype=self.dtype, device=device), scale
 
 
-@functools.cache
-def activation_spec(group_size: int, scale_layout: str) -> QuantSpec:
-    """The spec of `group_quant(x, group_size, scale_layout=...)`."""
-    return QuantSpec(group_shape=(1, group_size), scale_layout=scale_layout)
+quant_spec = functools.cache(QuantSpec)  # an op makes the same few over and over

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from fusion_passes.quantize import quantize_
     from fusion_passes.reporting import NearMiss, Report, Site, report, reports, reset_reports
+    from fusion_passes.warming import JitEvent, WarmupPlan, jit_events, warmup, warmup_plan
 
 _HOMES = {
     "backend": ("explain", "inductor_options"),
@@ -37,12 +38,14 @@ _HOMES = {
     ),
     "quantize": ("quantize_",),
     "reporting": ("NearMiss", "Report", "Site", "report", "reports", "reset_reports"),
+    "warming": ("JitEvent", "WarmupPlan", "jit_events", "warmup", "warmup_plan"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Constraint",
     "Fusion",
+    "JitEvent",
     "NearMiss",
     "Pattern",
     "Report",
@@ -50,8 +53,10 @@ __all__ = [
     "Site",
     "SizeOf",
     "Tensor",
+    "WarmupPlan",
     "explain",
     "inductor_options",
+    "jit_events",
     "quantize_",
     "register",
     "registry",
@@ -59,6 +64,8 @@ __all__ = [
     "reports",
     "reset_reports",
     "settings",
+    "warmup",
+    "warmup_plan",
 ]
 
 

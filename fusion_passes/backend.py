@@ -12,11 +12,12 @@ from torch import fx
 
 import custom_ops
 from custom_ops import cuda_build
-from fusion_passes import reporting, torch_internals
+from fusion_passes import reporting, torch_internals, warming
 from fusion_passes import settings as settings_module
 from fusion_passes.fusion import registry
 from fusion_passes.manager import FusionPass
 from fusion_passes.reporting import Report
+from fusion_passes.settings import Settings
 
 _OPTION = "joint_custom_pre_pass"
 
@@ -45,7 +46,7 @@ def fusion_passes(
     stored = _stored_report(gm, example_inputs, fusion_pass)
     compiled = torch_internals.compile_with_inductor(gm, example_inputs, inductor)
     if fusion_pass.latest is None:
-        _report_of_cached_graph(stored, settings.report)
+        _report_of_cached_graph(stored, settings)
     elif stored is not None:
         reporting.write(stored, fusion_pass.latest.to_json())
     return compiled
@@ -119,9 +120,10 @@ def _prepare(report: Report) -> None:
                 implementation.prepare()
 
 
-def _report_of_cached_graph(stored: Path | None, destination: bool | Path) -> None:
+def _report_of_cached_graph(stored: Path | None, settings: Settings) -> None:
     if stored is not None and stored.exists():
         report = Report.from_json(stored.read_text())
+        report.notes = [note for note in report.notes if not note.startswith("warm-up")]
         _prepare(report)
     else:
         report = Report(
@@ -131,5 +133,10 @@ def _report_of_cached_graph(stored: Path | None, destination: bool | Path) -> No
         )
     report.from_cache = True
     report.graph = torch_internals.compile_id()
+    if settings.warmup != "skip" and not report.sites and not report.states:
+        report.notes.append(
+            "warm-up: what is in this graph is not known, so nothing was compiled for it"
+        )
+    warming.at_end_of_compilation(report, settings)
     reporting.add(report)
-    reporting.publish(report, destination)
+    reporting.publish(report, settings.report)

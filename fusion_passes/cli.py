@@ -1,4 +1,4 @@
-"""`fusion-passes list | explain | doctor | build | demo`, each with `--json`."""
+"""`fusion-passes list | explain | doctor | build | warmup | demo`, each with `--json`."""
 
 from __future__ import annotations
 
@@ -193,6 +193,46 @@ def build(
         _print_json({"cache": str(folder), "built": list(status.built)})
     else:
         _console().print(f"{', '.join(status.built)} in {folder}")
+
+
+@app.command()
+def warmup(
+    plan: Path,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes at once; what cores and memory allow if not given"),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="seconds to wait for another process that compiles")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel of PLAN, which `warmup_plan().to_json()` wrote. Needs no GPU and no model."""
+    from custom_ops.jit.building import CompileError
+    from custom_ops.jit.store import WaitedTooLong
+    from fusion_passes import warming
+
+    if not plan.is_file():
+        raise typer.BadParameter(f"there is no file {plan}", param_hint="PLAN")
+    with _clear_errors(ValueError, CompileError, WaitedTooLong):
+        read = warming.WarmupPlan.from_json(plan.read_text())
+        outcome = warming.warmup(
+            plan=read, load=False, workers=workers, timeout=timeout, progress=True
+        )
+    if as_json:
+        _print_json(
+            {
+                "kernels": len(read.kernels),
+                "compiled": [kernel.to_json() for kernel in outcome.compiled],
+                "found": len(outcome.found),
+                "seconds": outcome.wall,
+            }
+        )
+        return
+    _console().print(
+        f"{len(outcome.compiled)} kernels compiled, {len(outcome.found)} found compiled, "
+        f"in {outcome.wall:.1f} s"
+    )
 
 
 @app.command()

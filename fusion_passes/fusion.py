@@ -100,7 +100,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Constraint:
-    """``holds(match)`` must be true for the rewrite; ``reason(match)`` is the sentence that reports why not."""
+    """``holds(match)`` must be true for the rewrite; ``reason(match)`` is the sentence that reports why not.
+
+    An empty sentence reports nothing: the place is the subject of another fusion.
+    """
 
     holds: Callable[[Match], bool]
     reason: Callable[[Match], str]
@@ -118,6 +121,9 @@ class Fusion:
     signature: the normalized operation that gives the fusion's subject away, for near misses (see near_miss.py).
     allow_shared: whether values inside the match may also be used outside of it. They are then computed twice,
         which pays only where the outside users are expected to be fused as well.
+    exclusive: at most one pattern can match a place, and all end at the node of the signature: so they are tried, and
+        traced, one at a time, and the one that matched last is tried first.
+    needs: the operation (see operations.py) that every pattern contains; without one in the graph none is traced.
     bytes_before, bytes_after: memory traffic as expressions over the size names, counting each tensor that a
         kernel boundary writes or reads. *Before* is what stock Inductor launches for the same computation.
     """
@@ -132,6 +138,8 @@ class Fusion:
     constraints: tuple[Constraint, ...] = ()
     signature: str = ""
     allow_shared: bool = False
+    exclusive: bool = False
+    needs: str = ""
     bytes_before: str = "0"
     bytes_after: str = "0"
 

@@ -24,13 +24,13 @@ import torch
 from torch import fx
 
 import custom_ops
-from fusion_passes import near_miss, reporting, tables, torch_internals, verify
+from fusion_passes import near_miss, reporting, tables, torch_internals, verify, warming
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion, is_shipped, registry
 from fusion_passes.matching import Match, candidates, find
-from fusion_passes.operations import escapes, module_path, transparent
+from fusion_passes.operations import describe, escapes, module_path, transparent
 from fusion_passes.reporting import NearMiss, Report, Site
 from fusion_passes.rewriting import NotRewritten, Rewrite, choose
 from fusion_passes.settings import Settings
@@ -86,6 +86,7 @@ class FusionPass(torch_internals.CustomGraphPass):
         run = _Run(graph, settings)
         run.all()
         self.latest = run.report
+        warming.at_end_of_compilation(run.report, settings)
         reporting.add(run.report)
         reporting.publish(run.report, settings.report)
         if settings.strict and run.applies:
@@ -153,10 +154,6 @@ class _Run:
                     name, *fusion.default_state(self.arch)
                 )
             fusions = [fusion for name, fusion in registry().items() if self.report.states[name][0]]
-        if self.settings.warmup != "skip":
-            self.report.notes.append(
-                f"warm-up is not built yet: warmup={self.settings.warmup} has no effect"
-            )
         if not self.applies or not fusions:
             return
         self._dump("before")
@@ -188,6 +185,8 @@ class _Run:
 
     def _refuse(self, fusion: Fusion, node: fx.Node, reason: str, warning: str | None) -> None:
         """Report why a place stays as it is, and warn of it unless ``warning``, which is added, is None."""
+        if not reason:  # the subject of another fusion
+            return
         if warning is not None:
             warnings.warn(f"{fusion.name} at {module_path(node)} {reason}{warning}", stacklevel=2)
         self.report.near_misses.append(NearMiss(fusion.name, module_path(node), node.name, reason))
@@ -213,6 +212,8 @@ class _Run:
         self.report.sites.extend(transform(self.graph))
 
     def _patterns(self, fusion: Fusion) -> None:
+        if fusion.needs and not any(_is_named(node, fusion.needs) for node in self.graph.nodes):
+            return
         roots = dict.fromkeys(
             node for p in fusion.patterns for node in candidates(self.graph, compile_pattern(p))
         )
@@ -232,7 +233,8 @@ class _Run:
         rewrite = Rewrite(match, self.settings.allow_reference)
         warning: str | None = None
         try:
-            if objection := self._objection(fusion, match):
+            objection = self._objection(fusion, match)
+            if objection is not None:
                 raise NotRewritten(objection)
             assert fusion.rewrite is not None
             finished = rewrite.finish(fusion.rewrite(rewrite))
@@ -285,13 +287,13 @@ class _Run:
 
     def _explain(self, fusions: Iterable[Fusion]) -> None:
         for meaning in recognition.MEANINGS:
-            self.report.near_misses += near_miss.explain(meaning, self.graph, canonical=False)
+            said = {miss.module for miss in self.report.near_misses}
+            found = near_miss.explain(meaning, self.graph, canonical=False)
+            self.report.near_misses += [miss for miss in found if miss.module not in said]
         for fusion in fusions:
-            said = {(miss.fusion, miss.module) for miss in self.report.near_misses}
+            here = {m.module for m in self.report.near_misses if m.fusion == fusion.name}
             found = near_miss.explain(fusion, self.graph)
-            self.report.near_misses += [
-                miss for miss in found if (miss.fusion, miss.module) not in said
-            ]
+            self.report.near_misses += [miss for miss in found if miss.module not in here]
 
     def _tidy(self) -> None:
         """Replace each custom op by the op of its implementation where the choice is already certain."""
@@ -306,6 +308,11 @@ class _Run:
             if op is not None:
                 implementation = choose(op, node.args, node.kwargs).implementation
                 assert implementation is not None
+                problem = warming.problem_of(
+                    op, implementation.name, node.args, node.kwargs, self.graph
+                )
+                if problem is not None:
+                    self.report.problems.append(problem)
                 implementation.prepare()  # what has to be built is built now, not in the first call
                 if implementation.overload is not None and node.target is op.overload:
                     node.target = implementation.overload
@@ -324,6 +331,11 @@ class _Run:
             stem = f"{self.report.graph.replace('/', '_') or 'graph'}.{self._dumped:02d}.{name}.txt"
             (folder / stem).write_text(f"{self.graph}\n")
             self._dumped += 1
+
+
+def _is_named(node: fx.Node, name: str) -> bool:
+    operation = describe(node)
+    return operation is not None and operation.name == name
 
 
 def _differs(difference: verify.Differs) -> str:

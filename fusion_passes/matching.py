@@ -25,13 +25,15 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map
+from fusion_passes.arithmetic import Arithmetic
 from fusion_passes.compiled_pattern import CompiledPattern, Monomial, compile_pattern
-from fusion_passes.fusion import Fusion, Tensor
+from fusion_passes.fusion import Fusion, Pattern, Tensor
 from fusion_passes.index_map import IndexMap, Size
 from fusion_passes.operations import (
     COMMUTATIVE,
     Operation,
     describe,
+    is_constant,
     is_tensor,
     read,
     shape_of,
@@ -60,6 +62,7 @@ class Match:
     graph: fx.Graph
     nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    arithmetic: Arithmetic | None = None
     sizes: dict[str, Size] = field(default_factory=dict)
     scalars: dict[str, float | fx.Node] = field(default_factory=dict)
     captured: dict[str, list[tuple[fx.Node, IndexMap, IndexMap]]] = field(default_factory=dict)
@@ -116,7 +119,8 @@ class Match:
     def copy_from(self, other: Match) -> None:
         for name in ("nodes", "sizes", "scalars", "captured"):
             setattr(self, name, dict(getattr(other, name)))
-        self.dtype, self.maps, self.equations = other.dtype, list(other.maps), list(other.equations)
+        self.dtype, self.arithmetic = other.dtype, other.arithmetic
+        self.maps, self.equations = list(other.maps), list(other.equations)
 
     def snapshot(self) -> Match:
         saved = Match(self.fusion, self.compiled, self.graph)
@@ -147,7 +151,7 @@ class Matcher:
 
     def _unify(self, pattern_node: fx.Node, node: fx.Node) -> bool:
         known = self.match.nodes.get(pattern_node)
-        if known is not None:
+        if known is not None and not is_constant(pattern_node):
             return known is node or self._fail(
                 node, f"{_name(node)} is not the {_name(known)} used elsewhere in it"
             )
@@ -161,7 +165,8 @@ class Matcher:
             return self._fail(
                 node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}"
             )
-        if is_tensor(pattern_node) and not self._same_dtype(pattern_node.meta["val"].dtype, node):
+        typed = is_tensor(pattern_node) and not _is_quantized(pattern_node)
+        if typed and not self._same_dtype(pattern_node.meta["val"].dtype, node):
             return False
         if len(found.operands) != len(expected.operands):
             return self._fail(node, f"{_short(found.name)} has {len(found.operands)} operands")
@@ -228,7 +233,8 @@ class Matcher:
         base, mapping = chain[-1]
         if uncut([node for node, _ in chain])[1] != uncut([node for node, _ in pattern_chain])[1]:
             return self._fail(reader, f"{_name(reader)} reads only some rows of {_name(base)}")
-        self.match.maps.append((pattern_map, mapping, reader))
+        if not is_constant(base):
+            self.match.maps.append((pattern_map, mapping, reader))
         return self._unify(pattern_base, base)
 
     def _shapes(self, kind: str, expected: fx.Node, reader: fx.Node, found: fx.Node) -> bool:
@@ -254,6 +260,9 @@ class Matcher:
         self.match.maps.append((operation.digits, theirs.digits, reader))
 
     def _constant(self, expected: Any, reader: fx.Node, found: Any) -> bool:
+        if isinstance(expected, Arithmetic) and isinstance(found, Arithmetic):
+            self.match.arithmetic = found  # a pattern's stands for any
+            return True
         name = self.compiled.scalar_name(expected)
         if name is None:
             if (
@@ -385,6 +394,12 @@ class Matcher:
         return True
 
 
+def _is_quantized(node: fx.Node) -> bool:
+    """Whether a value of a pattern is what a quantization returned, whose dtype is up to its arithmetic."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, fx.Node) and any(isinstance(a, Arithmetic) for a in source.args)
+
+
 def _product(monomial: Monomial) -> str:
     number, names = monomial
     return " * ".join([*names, *([str(number)] if number != 1 or not names else [])])
@@ -412,21 +427,37 @@ def _found(node: fx.Node, operation: Operation | None) -> str:
 def candidates(graph: fx.Graph, compiled: CompiledPattern) -> Iterator[fx.Node]:
     """The nodes at which a match of the pattern could end."""
     wanted, dtype = compiled.anchor, compiled.outputs[0].meta["val"].dtype
+    quantized = _is_quantized(compiled.outputs[0])
     for node in graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
             continue
         found = node.meta["val"].dtype
-        if found == dtype or (dtype is torch.bfloat16 and found in ACTIVATION_DTYPES):
+        generic = quantized or (dtype is torch.bfloat16 and found in ACTIVATION_DTYPES)
+        if found == dtype or generic:
             operation = describe(node)
             if operation is not None and operation.name == wanted.name:
                 yield node
 
 
+_last_match: dict[
+    str, Pattern
+] = {}  # a model spells one thing one way: the order of attempts, never the result
+
+
 def find(fusion: Fusion, graph: fx.Graph, node: fx.Node, canonical: bool = True) -> Match | None:
     """The match of any of the fusion's patterns that ends at a node."""
-    for pattern in fusion.patterns:
-        matcher = Matcher(fusion, compile_pattern(pattern, canonical), graph)
-        if matcher.run(matcher.compiled.outputs[0], node):
+    patterns = fusion.patterns
+    last = _last_match.get(fusion.name) if fusion.exclusive else None
+    for first in (True, False):
+        for pattern in [p for p in patterns if p is last] if first else patterns:
+            matcher = Matcher(fusion, compile_pattern(pattern, canonical), graph)
+            if not matcher.run(matcher.compiled.outputs[0], node):
+                continue
+            if first and not all(
+                constraint.holds(matcher.match) for constraint in fusion.constraints
+            ):
+                continue
+            _last_match[fusion.name] = pattern
             matcher.match.complete()
             return matcher.match
     return None

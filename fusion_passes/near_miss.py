@@ -13,6 +13,7 @@ import contextlib
 import torch
 from torch import fx
 
+from fusion_passes.arithmetic import MAX
 from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
 from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Matcher, Mismatch
@@ -21,25 +22,29 @@ from fusion_passes.reporting import NearMiss
 
 THRESHOLD = 0.5
 """The part of a pattern's operations that must be there before its absence is worth a line."""
+USUAL = 48
+"""How many spellings of one meaning are laid on a place that is none of them: the reason is the same for the rest."""
 
 
 def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[NearMiss]:
     """The near misses of one fusion, or with ``canonical`` false of one meaning."""
-    patterns = [compile_pattern(pattern, canonical) for pattern in fusion.patterns]
+    signs = [node for node in graph.nodes if gives_away(fusion, node)]
+    # not traced without a need
+    spellings = fusion.patterns[: USUAL if fusion.exclusive else None]
+    patterns = [compile_pattern(pattern, canonical) for pattern in spellings if signs]
     misses = []
-    for node in graph.nodes:
-        if not _gives_away(fusion, node):
-            continue
+    for node in signs:
         attempts = [
             a
             for p in patterns
             for s in p.operations
-            if _gives_away(fusion, s)
+            if gives_away(fusion, s)
             for a in [_attempt(fusion, graph, p, s, node)]
         ]
         best = max(attempts, key=lambda a: a.progress / a.total, default=None)
         # nothing but a quantization casts to float8, so the cast alone is worth a line
-        enough = 1 if fusion.signature == "cast" else THRESHOLD * (best.total if best else 0)
+        alone = fusion.signature == "cast" and node.meta["val"].dtype is torch.float8_e4m3fn
+        enough = 1 if alone else THRESHOLD * (best.total if best else 0)
         if best is not None and best.progress >= enough and best.reason:
             misses.append(
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
@@ -47,12 +52,13 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
     return misses
 
 
-def _gives_away(fusion: Fusion, node: fx.Node) -> bool:
+def gives_away(fusion: Fusion, node: fx.Node) -> bool:
+    """Whether a node is what every spelling of a fusion's subject contains."""
     operation = describe(node)
     if operation is None or operation.name not in fusion.signature.split():
         return False
     dtype = node.meta["val"].dtype
-    return operation.name != "cast" or dtype is torch.float8_e4m3fn
+    return operation.name != "cast" or dtype in MAX
 
 
 def _attempt(

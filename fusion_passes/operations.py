@@ -27,7 +27,10 @@ _RESHAPES = {
     aten.detach.default,
 }  # fmt: skip
 _PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
-_REDUCTIONS = {aten.amax.default: "amax", aten.mean.dim: "mean", aten.sum.dim_IntList: "sum"}
+_REDUCTIONS = {
+    aten.amax.default: "amax", aten.max.default: "amax", aten.amin.default: "amin", aten.min.default: "amin",
+    aten.mean.dim: "mean", aten.sum.dim_IntList: "sum",
+}  # fmt: skip
 _NAMES = {
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.mul.Tensor: "mul", aten.mul.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
@@ -60,6 +63,14 @@ class Operation:
     digits: IndexMap = ()
 
 
+_aliases: dict[str, str] = {}
+
+
+def alias(operator: str, name: str) -> None:
+    """Read an operator that may not be registered here, such as ``"ao.x.default"``, as another of that meaning."""
+    _aliases[operator] = name
+
+
 def describe(node: fx.Node) -> Operation | None:
     """The operation that a node stands for; None for the inputs of a graph."""
     if node.op != "call_function" or "val" not in node.meta:
@@ -81,13 +92,11 @@ def describe(node: fx.Node) -> Operation | None:
             (),
             index_map.reduction(shape, list(dims)),
         )
-    name = _NAMES.get(target, str(target))
+    name = _NAMES.get(target) or _aliases.get(str(target), str(target))
     if name == "cast":
         return Operation(name, "pointwise", (args[0],))  # the dtype is compared on the node
-    if target is aten.full.default and not args[0]:
-        return Operation(
-            "constant", "pointwise", (args[1],)
-        )  # a number as a tensor, on whichever device
+    if target is aten.full.default:  # a number as a tensor, on whichever device
+        return Operation("constant", "pointwise", (args[1],))
     if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (
         name == "mul" and args[0] is args[1]
     ):
@@ -95,6 +104,11 @@ def describe(node: fx.Node) -> Operation | None:
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return Operation(name, "pointwise", (*args, *constants), attributes)
     return Operation(name, "opaque", (*args, *constants), attributes)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether all elements are one number, so that no rearrangement of them matters."""
+    return node.target is aten.full.default
 
 
 def transparent(node: fx.Node) -> tuple[fx.Node, IndexMap] | None:
@@ -127,9 +141,16 @@ def transparent(node: fx.Node) -> tuple[fx.Node, IndexMap] | None:
     if node.target in _PERMUTES:
         moved = [d for d in _permutation(node, len(shape)) if source_shape[d] != 1]
         return (source, identity) if moved == sorted(moved) else None
+    if node.target is aten.mul.Tensor:  # 1.0 / x is reciprocal(x) * 1.0
+        by_one = node.args[1] == 1 and not is_tensor(node.args[1])
+        return (source, identity) if by_one and _same_dtype(node, source) else None
     if node.target is prims.convert_element_type.default:
-        return (source, identity) if node.meta["val"].dtype == source.meta["val"].dtype else None
+        return (source, identity) if _same_dtype(node, source) else None
     return None
+
+
+def _same_dtype(a: fx.Node, b: fx.Node) -> bool:
+    return a.meta["val"].dtype == b.meta["val"].dtype
 
 
 def _permutation(node: fx.Node, rank: int) -> list[int]:
@@ -183,6 +204,8 @@ def escapes(
     """Pairs of a node of ``inside`` that is no output, and a user of it that is outside."""
     inside, outputs = set(inside), set(outputs)
     for node in sorted(inside - outputs):
+        if is_constant(node):
+            continue  # a copy of it costs nothing
         stack = list(node.users)
         while stack:
             user = stack.pop()

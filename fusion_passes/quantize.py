@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from os import PathLike
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Fp8BlockLinear", "load_fp8_block_", "quantize_"]
+__all__ = ["Fp8BlockLinear", "Fp8TokenLinear", "Int8TokenLinear", "load_fp8_block_", "quantize_"]
 
 BLOCK = 128
 
@@ -84,6 +85,98 @@ class Fp8BlockLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
 
 
+class _TokenLinear(nn.Module):
+    """What Fp8TokenLinear and Int8TokenLinear share: everything but their codes."""
+
+    code_dtype: ClassVar[torch.dtype]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight: torch.Tensor
+        self.weight_scale: torch.Tensor
+        self.bias: torch.Tensor | None
+        codes = torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device)
+        self.register_buffer("weight", codes)
+        self.register_buffer(
+            "weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> _TokenLinear:
+        weight = linear.weight.detach()
+        biased = linear.bias is not None
+        new = cls(linear.in_features, linear.out_features, biased, weight.device, weight.dtype)
+        new.weight, new.weight_scale = cls.quantize(weight)
+        if biased:
+            new.bias = linear.bias.detach().clone()
+        return new
+
+    @staticmethod
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., features] -> codes [..., features] and a float32 scale [..., 1]."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = self.quantize(x)
+        dequantized = (codes.float() * scale).to(x.dtype)
+        weight = (self.weight.float() * self.weight_scale).to(x.dtype)
+        return F.linear(dequantized, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        codes = str(self.code_dtype).removeprefix("torch.")
+        return f"{self.in_features} -> {self.out_features}, {codes}, per token x per channel"
+
+
+class Fp8TokenLinear(_TokenLinear):
+    """A linear with float8_e4m3fn codes, one scale per output channel of its weight and one per token of its input.
+
+    In plain PyTorch: operands dequantized, rounded to the activation dtype, multiplied. The tensors are those of
+    compressed-tensors checkpoints: ``weight`` [out_features, in_features], ``weight_scale`` float32 [out_features, 1],
+    ``bias`` in the activation dtype or None.
+    """
+
+    code_dtype = torch.float8_e4m3fn
+
+    @staticmethod
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # literals, and 448 as a tensor: see Fp8BlockLinear.forward
+        values = rows.float()
+        amax = values.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        scale = amax / amax.new_full((), 448.0)
+        return (values / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+class Int8TokenLinear(_TokenLinear):
+    """As :class:`Fp8TokenLinear`, with int8 codes from -127 to 127."""
+
+    code_dtype = torch.int8
+
+    @staticmethod
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = rows.float()
+        amax = values.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        scale = amax / amax.new_full((), 127.0)
+        return (values / scale).round().clamp(-127.0, 127.0).to(torch.int8), scale
+
+
+SCHEMES: Mapping[str, type[Fp8BlockLinear] | type[_TokenLinear]] = {
+    "fp8_block": Fp8BlockLinear,
+    "fp8_token": Fp8TokenLinear,
+    "int8_token": Int8TokenLinear,
+}
+
+
 def dequantize_weight(
     weight: torch.Tensor, weight_scale_inv: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -115,18 +208,22 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linears of a model, in place; returns the model.
 
-    scheme: ``"fp8_block"`` (the only one so far): :class:`Fp8BlockLinear`.
+    scheme: ``"fp8_block"``: :class:`Fp8BlockLinear`, float8 with a scale per 1 x 128 of activations and 128 x 128 of
+        weights. ``"fp8_token"``, ``"int8_token"``: :class:`Fp8TokenLinear`, :class:`Int8TokenLinear`, with a scale per
+        token of activations and per output channel of weights.
     filter: ``filter(name, linear)`` says which linears to take; None takes all but those that share their weight
         with another module (tied embeddings) and the output projection ``lm_head``, which such checkpoints keep in
         16 bits.
 
     Raises ValueError for an unknown scheme, a linear that is not bfloat16 or float16, or nothing to quantize.
     """
-    if scheme != "fp8_block":
-        raise ValueError(f"scheme is {scheme!r}; accepted: 'fp8_block'")
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}; accepted: {', '.join(map(repr, SCHEMES))}")
+    replacement = SCHEMES[scheme]
     if isinstance(model, nn.Linear):
         raise ValueError(
-            "model is itself a torch.nn.Linear, which cannot be replaced in place: use Fp8BlockLinear.from_linear"
+            "model is itself a torch.nn.Linear, which cannot be replaced in place: use "
+            f"{replacement.__name__}.from_linear"
         )
     shared = _shared_weights(model)
     take = filter or (
@@ -144,7 +241,7 @@ def quantize_(
         raise ValueError("the model has no torch.nn.Linear to quantize")
     for name, linear in chosen:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Fp8BlockLinear.from_linear(linear))
+        setattr(model.get_submodule(parent), child, replacement.from_linear(linear))
     return model
 
 

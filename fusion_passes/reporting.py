@@ -14,6 +14,8 @@ from typing import Any
 
 import sympy
 
+from custom_ops.jit.kernel import Problem
+
 __all__ = ["NearMiss", "Report", "Site", "add", "report", "reports", "reset_reports"]
 
 
@@ -42,7 +44,10 @@ class NearMiss:
 
 @dataclass
 class Report:
-    """One compiled graph. Printing it gives a table; ``to_json`` everything."""
+    """One compiled graph. Printing it gives a table; ``to_json`` everything.
+
+    problems: the nodes whose implementation compiles kernels when it runs, for a warm-up.
+    """
 
     graph: str = ""
     device: str = ""
@@ -54,6 +59,7 @@ class Report:
     nodes_before: int = 0
     nodes_after: int = 0
     from_cache: bool = False
+    problems: list[Problem] = field(default_factory=list)
 
     @property
     def matches(self) -> dict[str, int]:
@@ -89,6 +95,7 @@ class Report:
             for site in data["sites"]
         ]
         data["near_misses"] = [NearMiss(**miss) for miss in data["near_misses"]]
+        data["problems"] = [Problem.from_json(problem) for problem in data.get("problems", [])]
         data["states"] = {name: (bool(on), why) for name, (on, why) in data["states"].items()}
         return cls(**data)
 

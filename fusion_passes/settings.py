@@ -122,7 +122,17 @@ class Settings(BaseSettings):
     warmup: Literal["skip", "relax", "full"] = _setting(
         "skip",
         "`skip`, `relax` or `full`",
-        "how much of the GEMM JIT to compile ahead of the first call (not built yet: noted in the report)",
+        "at the end of each compilation, compile the JIT kernels that its graph reaches: all, or those of "
+        "the powers of two and tile boundaries",
+    )
+    warmup_max_num_tokens: Annotated[int, Field(ge=1)] = _setting(
+        8192, "a number", "the most tokens of one call that a warm-up covers"
+    )
+    warmup_timeout: Annotated[float, Field(ge=0)] = _setting(
+        1800.0, "seconds", "how long a warm-up waits for another process that is compiling"
+    )
+    warmup_strict: bool = _setting(
+        False, "`1` / `0`", "a JIT compilation after a warm-up is an error before it starts"
     )
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -92,8 +92,8 @@ def size_to_expr(size: int | torch.SymInt) -> Any:
 
 def size_hint(expr: Any, graph: fx.Graph) -> int | None:
     """The value that a symbolic size had in the call that was traced; None for a size without one."""
-    if isinstance(expr, int):
-        return expr
+    if isinstance(expr, int) or expr.is_number:
+        return int(expr)
     shape_env = fake_mode_of(graph).shape_env
     if shape_env is None:
         return None

@@ -75,7 +75,9 @@ def difference(
     step = {torch.float8_e4m3fn: 2.0**-3, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(
         expected.dtype, 2.0**-6
     )
-    tiny = {torch.float8_e4m3fn: 2.0**-9, torch.float16: 2.0**-23}.get(expected.dtype, 0.0)
+    tiny = {torch.int8: 1.0, torch.float8_e4m3fn: 2.0**-9, torch.float16: 2.0**-23}.get(
+        expected.dtype, 0.0
+    )
     within = (a - b).abs() <= torch.maximum(a.abs(), b.abs()) * step + tiny
     if bool(within.all()) and share * a.numel() <= max(FLIPPED * a.numel(), 4):
         return None

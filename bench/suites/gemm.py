@@ -1,7 +1,8 @@
-"""The block-scaled FP8 product, alone and as the linear layer that quantizes its input."""
+"""Products of 8-bit operands, alone and as the linear layers that quantize their input."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import custom_ops
-from bench.case import Case, Inputs, Target, Thunk, activation, close
+from bench.case import Case, Inputs, Target, Thunk, activation, close, same
 from custom_ops.gemm.reference import BLOCK
+
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+# The linears of a Llama-3-8B layer, N x K: q, k and v in one; the output; gate and up in one; down.
+LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 def block_scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
@@ -56,6 +62,99 @@ def _linear_inputs(device: torch.device, m: int, n: int, k: int) -> Inputs:
     return _module(device, n, k), activation(device, m, k)
 
 
+def scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Dequantize to bfloat16 and multiply, which is what a model without an 8-bit kernel does."""
+    wide_a, wide_b = a.float() * a_scale, b.float() * b_scale
+    return torch.nn.functional.linear(wide_a.to(torch.bfloat16), wide_b.to(torch.bfloat16))
+
+
+def scaled_int_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """As torchao spells it, with 16-bit scales."""
+    return torch._int_mm(a, b.t()) * a_scale * b_scale
+
+
+def raw_scaled_mm(inputs: Inputs, fast: bool) -> Thunk:
+    """PyTorch's own call on prepared operands."""
+    a, a_scale, b, b_scale = inputs
+    right = b_scale if b_scale.numel() == 1 else b_scale.t()
+    return lambda: torch._scaled_mm(
+        a, b.t(), a_scale, right, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+
+
+def raw_int_mm(inputs: Inputs) -> Thunk:
+    """The int32 sums alone, which nothing has scaled yet."""
+    a, _, b, _ = inputs
+    return lambda: torch._int_mm(a, b.t())
+
+
+def one_way(inputs: Inputs, tile: str) -> Thunk:
+    """scaled_mm by one Triton tile, or by cuBLASLt where tile is "": what `bench tune` chooses from."""
+    from custom_ops.gemm import scaled_mm_cublaslt, scaled_mm_triton
+
+    how: dict[str, Any] = {"out_dtype": torch.bfloat16, "epilogue": "float32"}
+    if tile:
+        return partial(scaled_mm_triton.scaled_mm, *inputs, **how, tile=tile)
+    return partial(scaled_mm_cublaslt.scaled_mm, *inputs, **how)
+
+
+def _codes(values: Tensor, dtype: torch.dtype, per_row: bool) -> Inputs:
+    largest = 448.0 if dtype is FP8 else 127.0
+    amax = values.float().abs().amax(-1, keepdim=True)
+    scale = (amax if per_row else amax.amax().reshape(1, 1)) / largest
+    codes = values.float() / scale
+    return (codes if dtype is FP8 else codes.round()).clamp(-largest, largest).to(dtype), scale
+
+
+def _scaled_operands(
+    device: torch.device, m: int, n: int, k: int, dtype: torch.dtype, per_row: bool
+) -> Inputs:
+    a, b = activation(device, m, k), activation(device, n, k)
+    return *_codes(a, dtype, per_row), *_codes(b, dtype, per_row)
+
+
+def _int_mm_operands(device: torch.device, m: int, n: int, k: int) -> Inputs:
+    a, a_scale, b, b_scale = _scaled_operands(device, m, n, k, INT8, True)
+    return a, a_scale.to(torch.bfloat16), b, b_scale.to(torch.bfloat16).flatten()
+
+
+def _ways(m: int, dtype: torch.dtype) -> dict[str, Any]:
+    """PyTorch's own calls, and the ways among which the table chooses; on a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    from custom_ops.gemm.scaled_mm_triton import TILES
+
+    # of the tiles those that could win: few rows for few tokens
+    tiles = (
+        [t for t in TILES.values() if t.m <= 64]
+        if m <= 64
+        else [t for t in TILES.values() if t.m >= 64]
+    )
+    ways = {f"tile {tile.name}": partial(one_way, tile=tile.name) for tile in tiles}
+    if dtype is INT8:
+        return ways | (
+            {"cublaslt": partial(one_way, tile=""), "raw_int_mm": raw_int_mm} if m > 16 else {}
+        )
+    return ways | {
+        "cublaslt": partial(one_way, tile=""),
+        "raw_scaled_mm": partial(raw_scaled_mm, fast=False),
+        "raw_scaled_mm_fast_accum": partial(raw_scaled_mm, fast=True),
+    }
+
+
+@lru_cache(maxsize=1)
+def _token_module(device: torch.device, n: int, k: int, scheme: str) -> nn.Module:
+    import fusion_passes
+
+    model = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16))
+    fusion_passes.quantize_(model, scheme)
+    return model.eval()
+
+
+def _token_linear_inputs(device: torch.device, m: int, n: int, k: int, scheme: str) -> Inputs:
+    return _token_module(device, n, k, scheme), activation(device, m, k)
+
+
 def _deep_gemm_runs() -> bool:
     return torch.cuda.is_available() and "deep_gemm" in custom_ops.ops()["block_scaled_mm"].usable(
         torch.device("cuda", torch.cuda.current_device())
@@ -63,9 +162,62 @@ def _deep_gemm_runs() -> bool:
 
 
 def cases(tiny: bool = False) -> Iterator[Case]:
+    yield from block_scaled_cases(tiny)
+    yield from scaled_cases(tiny)
+
+
+def scaled_cases(tiny: bool) -> Iterator[Case]:
+    shapes, tokens = (((64, 96),), (20,)) if tiny else (LLAMA, TOKENS)
+    for (n, k), (dtype, scales) in itertools.product(
+        shapes, ((FP8, "tensor"), (FP8, "token"), (INT8, "token"))
+    ):
+        for m in tokens:
+            yield Case(
+                # the name is the kind of product in the tables: see bench.tuning
+                name=f"scaled_mm_{str(dtype).removeprefix('torch.')}_{scales}",
+                sizes={"tokens": m, "n": n, "k": k},
+                inputs=partial(
+                    _scaled_operands, m=m, n=n, k=k, dtype=dtype, per_row=scales == "token"
+                ),
+                plain=scaled_mm,
+                check=close(1e-2),
+                op="scaled_mm",
+                op_args=lambda *operands: (operands, {}),
+                moved_bytes=m * k + n * k + 2 * m * n,
+                flops=2 * m * n * k,
+                others=_ways(m, dtype),
+            )
+    for scheme, m in itertools.product(("fp8_token", "int8_token"), tokens):
+        n, k = shapes[0]
+        yield Case(
+            name=f"scaled_linear_{scheme}",
+            sizes={"tokens": m, "n": n, "k": k},
+            inputs=partial(_token_linear_inputs, m=m, n=n, k=k, scheme=scheme),
+            plain=linear,
+            check=close(2e-2),
+            fusion="scaled_linear",
+            beside=("token_quant",),
+            moved_bytes=2 * m * k + n * k + 2 * m * n,
+            flops=2 * m * n * k,
+        )
+    for (n, k), m in itertools.product(shapes, tokens):
+        if m > 16:  # torch._int_mm takes no fewer
+            yield Case(
+                name="scaled_int_mm",
+                sizes={"tokens": m, "n": n, "k": k},
+                inputs=partial(_int_mm_operands, m=m, n=n, k=k),
+                plain=scaled_int_mm,
+                check=same,
+                fusion="scaled_int_mm",
+                moved_bytes=m * k + n * k + 2 * m * n,
+                flops=2 * m * n * k,
+            )
+
+
+def block_scaled_cases(tiny: bool) -> Iterator[Case]:
     n, k = (128, 256) if tiny else (4096, 7168)
     others: dict[str, Any] = {"raw_deep_gemm": raw_deep_gemm} if _deep_gemm_runs() else {}
-    for m in (4,) if tiny else (1, 16, 64, 256, 1024, 4096):
+    for m in (4,) if tiny else TOKENS:
         yield Case(
             name="block_scaled_mm",
             sizes={"tokens": m, "n": n, "k": k},
@@ -79,7 +231,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
             others=others,
             targets=(Target("of_raw_deep_gemm", 0.97),) if m == 4096 else (),
         )
-    for m in (4,) if tiny else (1, 16, 64, 256, 1024, 4096):
+    for m in (4,) if tiny else TOKENS:
         yield Case(
             name="block_scaled_linear",
             sizes={"tokens": m, "n": n, "k": k},

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.case import DECODE, Case, Target, activations, quantized_bytes, same
-from bench.suites.quantization import group_quant
+from bench.case import DECODE, Case, Target, activations, same
+from bench.suites.quantization import FEW, FUSED, GROUP, Scheme
 
 EPS = 1e-6
 
@@ -26,42 +26,54 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
     return rms_norm(total, weight), total
 
 
-def rms_norm_group_quant(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return group_quant(rms_norm(x, weight))
+def _quantized(*inputs: Tensor, norm: Callable[..., Any], scheme: Scheme) -> tuple[Tensor, ...]:
+    values, given = (inputs[:-1], inputs[-1:]) if scheme.given else (inputs, ())
+    if norm is rms_norm:
+        return scheme.plain(rms_norm(*values), *given)
+    normed, total = add_rms_norm(*values)
+    return *scheme.plain(normed, *given), total
 
 
-def add_rms_norm_group_quant(
-    x: Tensor, residual: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    normed, total = add_rms_norm(x, residual, weight)
-    return *group_quant(normed), total
-
-
-def _op_args(*inputs: Tensor, quantizes: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*inputs, EPS, *((128,) if quantizes else ())), {}
+def _op_args(*inputs: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (*inputs, EPS), {}
 
 
 def cases(tiny: bool = False) -> Iterator[Case]:
     hidden = 256 if tiny else 7168
-    for plain in (rms_norm, add_rms_norm, rms_norm_group_quant, add_rms_norm_group_quant):
-        adds = plain in (add_rms_norm, add_rms_norm_group_quant)
-        quantizes = plain in (rms_norm_group_quant, add_rms_norm_group_quant)
-        must_win = plain is add_rms_norm_group_quant
-        for tokens in (4,) if tiny else (*DECODE, 16384):
-            large = (Target("of_copy", 0.90),) if must_win else ()
-            small = (Target("of_inductor", 0.97),) if must_win else ()
-            row = 2 * tokens * hidden
-            out = quantized_bytes(tokens, hidden) if quantizes else row
+    for norm in (rms_norm, add_rms_norm):
+        adds = norm is add_rms_norm
 
+        def shapes(tokens: int, adds: bool = adds) -> list[tuple[int, ...]]:
+            return [*[(tokens, hidden)] * (1 + adds), (hidden,)]
+
+        for tokens in (4,) if tiny else (*DECODE, 16384):
+            row = 2 * tokens * hidden
             yield Case(
-                name=plain.__name__,
+                name=norm.__name__,
                 sizes={"tokens": tokens, "hidden": hidden},
-                inputs=partial(activations, shapes=[*[(tokens, hidden)] * (1 + adds), (hidden,)]),
-                plain=plain,
+                inputs=partial(activations, shapes=shapes(tokens)),
+                plain=norm,
                 check=same,
-                op=plain.__name__,
-                op_args=partial(_op_args, quantizes=quantizes),
-                fusion=plain.__name__,
-                moved_bytes=(3 * row if adds else row) + 2 * hidden + out,
-                targets=large if tokens == 16384 else small,
+                op=norm.__name__,
+                op_args=_op_args,
+                fusion=norm.__name__,
+                moved_bytes=(4 if adds else 2) * row + 2 * hidden,
             )
+        for scheme in FUSED:
+            for tokens in (4,) if tiny else (*(DECODE if scheme is GROUP else FEW), 16384):
+                row = 2 * tokens * hidden
+                # a second pass reads the sum that the first one wrote, or else x again
+                moved = (3 if adds else 1) * row + (scheme.passes - 1) * row + 2 * hidden
+                large, small = Target("of_copy", scheme.of_copy[1]), Target("of_inductor", 0.97)
+                yield Case(
+                    name=f"{norm.__name__}_{scheme.name}",
+                    sizes={"tokens": tokens, "hidden": hidden},
+                    inputs=partial(scheme.inputs, shapes=shapes(tokens)),
+                    plain=partial(_quantized, norm=norm, scheme=scheme),
+                    check=same,
+                    op=f"{norm.__name__}_{scheme.op}",
+                    op_args=partial(scheme.arguments, numbers=(EPS,)),
+                    fusion=f"{norm.__name__}_{scheme.op}",
+                    moved_bytes=moved + scheme.out_bytes(tokens, hidden),
+                    targets=(large if tokens == 16384 else small,),
+                )

@@ -1,9 +1,9 @@
-// The grid of the row-independent kernels (group_quant, silu_mul): a thread owns one vector of N columns in each
-// of R consecutive rows, so that R independent loads are in flight.
+// Kernels whose elements need no others but those of their group: a thread owns R vectors of N columns, so that R
+// independent loads are in flight and R vectors share the counting.
 #pragma once
 
-#include "fp8.cuh"
-#include "kernels.h"
+#include "groups.cuh"
+#include "sources.cuh"
 
 namespace custom_ops {
 
@@ -13,12 +13,9 @@ constexpr int kThreads = 128;
 //   row-major scales and none:  the row block is one row, so a warp reads on along it
 //   column-major scales:        the column block is a group and the row block eight rows, so that a block of
 //                               threads writes whole 32-byte sectors of scales
-// The host supplies the reciprocal of the number of column blocks, since a division would cost a thread some 20
-// instructions in series before its first load: n / d is n * magic shifted, for n < 2^31.
+// The R vectors are those of R consecutive rows, or Along one row, kThreads vectors apart.
 struct RowGrid {
-  uint32_t col_blocks;
-  uint32_t magic;
-  uint32_t magic_shift;
+  Divisor col_blocks;
   uint32_t lane_bits;
   uint32_t row_bits;
   unsigned blocks;
@@ -43,16 +40,20 @@ cudaError_t for_row_slices(int64_t rows, int64_t cols, Launch launch) {
 
 // The rows from `first` on. 16-bit elements.
 inline Matrix rows_from(Matrix m, int64_t first) {
-  return {static_cast<const char*>(m.data) + 2 * first * m.stride, m.stride};
+  if (m.inner.divisor != 0) {
+    m.first += static_cast<uint32_t>(first);
+  } else {
+    m.data = static_cast<const char*>(m.data) + 2 * first * m.stride;
+  }
+  return m;
 }
 
-inline Quantized rows_from(Quantized q, int64_t first, int64_t cols) {
-  q.codes += first * cols;
-  q.scale += first * q.row_stride;
-  return q;
+inline Source rows_from(Source s, int64_t first) {
+  s.x = rows_from(s.x, first);
+  s.up = rows_from(s.up, first);
+  return s;
 }
 
-// scales: nullptr if nothing is quantized.
 inline RowGrid row_grid(int64_t rows, int64_t cols, int n, int rows_per_thread, const Quantized* scales) {
   RowGrid grid{};
   const int64_t row_tiles = (rows + rows_per_thread - 1) / rows_per_thread;
@@ -62,31 +63,52 @@ inline RowGrid row_grid(int64_t rows, int64_t cols, int n, int rows_per_thread, 
     grid.row_bits = log2_of(sector_rows);
   }
   const int64_t vecs = (cols + n - 1) / n;
-  grid.col_blocks = static_cast<uint32_t>(vecs >> grid.lane_bits);  // whole: groups divide cols
+  grid.col_blocks = Divisor(static_cast<uint32_t>(vecs >> grid.lane_bits));  // whole: groups divide cols
   const int64_t row_blocks = (row_tiles + (int64_t{1} << grid.row_bits) - 1) >> grid.row_bits;
-  const int64_t items = (row_blocks * grid.col_blocks) << (grid.lane_bits + grid.row_bits);
+  const int64_t items = (row_blocks * grid.col_blocks.divisor) << (grid.lane_bits + grid.row_bits);
   grid.blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
-  while ((uint64_t{1} << grid.magic_shift) < grid.col_blocks) ++grid.magic_shift;
-  // ceil(2^(31 + shift) / col_blocks), in [2^31, 2^32) because 2^(shift - 1) < col_blocks <= 2^shift.
-  const uint64_t power = uint64_t{1} << (31 + grid.magic_shift);
-  grid.magic = static_cast<uint32_t>((power + grid.col_blocks - 1) / grid.col_blocks);
+  return grid;
+}
+
+// The grid for vectors along rows.
+inline RowGrid along_grid(int64_t rows, int64_t cols, int n, int vecs_per_thread) {
+  RowGrid grid{};
+  const int64_t tile = int64_t{kThreads} * n * vecs_per_thread;
+  grid.col_blocks = Divisor(static_cast<uint32_t>((cols + tile - 1) / tile));
+  grid.blocks = static_cast<unsigned>(rows * grid.col_blocks.divisor);
   return grid;
 }
 
 struct RowTile {
-  int64_t row;   // the first of R
-  int64_t col;   // the first of N
-  int64_t left;  // rows from here on
+  int64_t row;   // of the first vector
+  int64_t col;   // of its first element
+  int64_t left;  // how many of the R vectors there are, at least; none if not positive
 };
 
-template <int N, int R>
-__device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows) {
+// From one of a thread's vectors to the next.
+template <int N, bool Along>
+struct Step {
+  static constexpr int kRows = Along ? 0 : 1;
+  static constexpr int kCols = Along ? kThreads * N : 0;
+};
+
+template <int N, int R, bool Along>
+__device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows, int64_t cols) {
+  if constexpr (Along) {
+    const uint32_t row = divide(blockIdx.x, grid.col_blocks);
+    const uint32_t tile = blockIdx.x - row * grid.col_blocks.divisor;
+    RowTile at;
+    at.row = row;
+    at.col = (static_cast<int64_t>(tile) * (R * kThreads) + threadIdx.x) * N;
+    at.left = (cols - at.col + kThreads * N - 1) / (kThreads * N);
+    return at;
+  }
   const uint32_t item = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;
   const uint32_t lane = item & ((1u << grid.lane_bits) - 1);
   const uint32_t row = (item >> grid.lane_bits) & ((1u << grid.row_bits) - 1);
   const uint32_t block = item >> (grid.lane_bits + grid.row_bits);
-  const uint32_t row_block = __umulhi(2 * block, grid.magic) >> grid.magic_shift;
-  const uint32_t col_block = block - row_block * grid.col_blocks;
+  const uint32_t row_block = divide(block, grid.col_blocks);
+  const uint32_t col_block = block - row_block * grid.col_blocks.divisor;
   RowTile at;
   at.row = ((row_block << grid.row_bits) + row) * static_cast<uint32_t>(R);
   at.col = static_cast<int64_t>((col_block << grid.lane_bits) + lane) * N;
@@ -94,22 +116,115 @@ __device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows) {
   return at;
 }
 
-// quantized_at, computed here and now: while the loads before it are under way, and not, as the compiler would
-// have it, at the end, where a small launch waits for it.
-__device__ __forceinline__ QuantizedAt early_quantized_at(const Quantized& out, const RowTile& tile, int64_t cols) {
-  QuantizedAt at = quantized_at(out, tile.row, tile.col, cols);
-  asm volatile("" : "+l"(at.codes), "+l"(at.scale));
-  return at;
+// ---- where values go: a sink prepares its addresses while the loads are under way, then takes R vectors ------------
+
+// To memory, as they are.
+template <typename T>
+struct Store {
+  T* out;
+
+  struct At {};
+  __device__ __forceinline__ At prepare(const RowTile&, int64_t) const { return {}; }
+  const Quantized* scales() const { return nullptr; }
+
+  void skip_rows(int64_t first, int64_t cols) { out += first * cols; }
+
+  template <typename S, bool Aligned, int N, int R>
+  __device__ __forceinline__ void put(const Vec<T, N> (&v)[R], const At&, const RowTile& at, int64_t cols) const {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      if (i >= at.left) break;
+      T* const p = out + (at.row + i * S::kRows) * cols + at.col + i * S::kCols;
+      if constexpr (Aligned) {
+        store_vec(p, v[i]);
+      } else {
+        store_scalar(p, v[i], cols - at.col - i * S::kCols);
+      }
+    }
+  }
+};
+
+// To codes and scales of groups.
+template <typename T>
+struct ToGroups {
+  Quantized out;
+
+  using At = QuantizedAt;
+  // Computed here and now, and not, as the compiler would have it, at the end, where a small launch waits for it.
+  __device__ __forceinline__ At prepare(const RowTile& tile, int64_t cols) const {
+    QuantizedAt at = quantized_at(out, tile.row, tile.col, cols);
+    asm volatile("" : "+l"(at.codes), "+l"(at.scale));
+    return at;
+  }
+  const Quantized* scales() const { return &out; }
+  // May all rows of `cols` columns be taken as one?
+  bool flat(int64_t cols) const {
+    return !out.packed && out.group_stride == 1 && out.row_stride == cols >> out.group_shift;
+  }
+
+  void skip_rows(int64_t first, int64_t cols) {
+    out.codes = static_cast<uint8_t*>(out.codes) + first * cols;
+    out.scale = static_cast<float*>(out.scale) + first * out.row_stride;
+  }
+
+  template <typename S, bool Aligned, int N, int R>
+  __device__ __forceinline__ void put(const Vec<T, N> (&v)[R], const At& to, const RowTile& at, int64_t cols) const {
+    float amax[R];
+    float scale[R];
+    Codes<N> codes[R];
+    group_amax(v, out.group_size, out.rule.min_amax, amax);
+    codes_of(v, amax, out.rule, codes, scale);
+    if (at.left > 0) store_quantized<S>(codes, scale, to, at.left, at.col, cols, out);
+  }
+};
+
+template <typename T, int N, int R, bool Aligned, bool Along, typename From, typename To>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(const __grid_constant__ From from, const __grid_constant__ To to, int64_t rows, int64_t cols,
+                const __grid_constant__ RowGrid grid) {
+  using S = Step<N, Along>;
+  const RowTile at = row_tile<N, R, Along>(grid, rows, cols);
+  typename From::template Raw<N> raw[R];
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    raw[i] = {};
+    if (i < at.left) raw[i] = from.template load<N, Aligned>(at.row + i * S::kRows, at.col + i * S::kCols, cols);
+  }
+  const typename To::At place = to.prepare(at, cols);
+  Vec<T, N> v[R];
+  from.make(raw, v);
+  to.template put<S, Aligned>(v, place, at, cols);
 }
 
-// Quantizes one vector in each of R rows and stores codes and scales. Every lane of the warp calls it.
-template <typename T, int N, int R>
-__device__ __forceinline__ void quantize_rows(const Vec<T, N> (&v)[R], const QuantizedAt& at, int64_t left,
-                                              int64_t cols, const Quantized& out) {
-  float scale[R];
-  Codes<N> codes[R];
-  group_quantize(v, out.group_size, out.min_amax, codes, scale);
-  if (left > 0) store_quantized(codes, scale, at, left, cols, out);
+template <typename T, int N, int R, bool Aligned, bool Along = false, typename From, typename To>
+cudaError_t launch_rows(const From& from, const To& to, int64_t rows, int64_t cols, cudaStream_t stream) {
+  const RowGrid grid = Along ? along_grid(rows, cols, N, R) : row_grid(rows, cols, N, R, to.scales());
+  rows_kernel<T, N, R, Aligned, Along><<<grid.blocks, kThreads, 0, stream>>>(from, to, rows, cols, grid);
+  return cudaGetLastError();
+}
+
+// Which shape of thread is fastest for quantizing, measured on an H100; the values do not depend on it. Few elements:
+// more threads with less to do. More than the L2 cache holds: two vectors, along the row where rows do not matter,
+// for DRAM likes neighbouring blocks to read neighbouring memory. Between: four rows, whose loads are under way
+// together (1024 x 7168: 5.2 us, and 6.7 with one).
+constexpr int64_t kFewElements = int64_t{1} << 16;
+constexpr int64_t kManyElements = int64_t{1} << 20;
+constexpr int64_t kMoreThanL2 = int64_t{1} << 24;
+
+template <typename T, typename To>
+cudaError_t launch_plain(const Source& source, const To& to, int64_t rows, int64_t cols, cudaStream_t stream) {
+  const Plain<T> from(source);
+  const int64_t elements = rows * cols;
+  const bool flat = from.x.stride == cols && from.x.inner.divisor == 0 && from.x.col_stride == 1 && to.flat(cols);
+  if (flat && from.vectorizable(elements)) {
+    if (elements >= kMoreThanL2) return launch_rows<T, 8, 2, true, true>(from, to, 1, elements, stream);
+    if (cols % kVec != 0) return launch_rows<T, 8, 1, true>(from, to, 1, elements, stream);
+  }
+  if (!from.vectorizable(cols)) return launch_rows<T, 8, 1, false>(from, to, rows, cols, stream);
+  if (elements < kFewElements) return launch_rows<T, 4, 1, true>(from, to, rows, cols, stream);
+  if (elements < kManyElements) return launch_rows<T, 8, 1, true>(from, to, rows, cols, stream);
+  if (elements < kMoreThanL2) return launch_rows<T, 8, 4, true>(from, to, rows, cols, stream);
+  return launch_rows<T, 8, 2, true>(from, to, rows, cols, stream);
 }
 
 }  // namespace custom_ops

@@ -73,6 +73,9 @@ inline double take_double(StableIValue value) { return torch::stable::detail::to
 
 inline int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
 
+// As the numbers of aoti_torch_dtype_*().
+inline int32_t take_dtype(StableIValue value) { return torch::stable::detail::to<int32_t>(value); }
+
 inline std::string take_string(StableIValue value) {
   const auto handle = torch::stable::detail::to<StringHandle>(value);
   const char* data = nullptr;

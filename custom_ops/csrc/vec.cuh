@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels.h"
+
 namespace custom_ops {
 
 constexpr int kVec = 8;  // elements of a vector, usually: 16 bytes, the widest load before sm_100
@@ -47,6 +49,13 @@ __device__ __forceinline__ Vec<T, N> zero_vec() {
   return v;
 }
 
+// From here on the compiler knows nothing of the value.
+template <typename T, int N>
+__device__ __forceinline__ void hide(Vec<T, N>& v) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&v)[i]));
+}
+
 // For data that nothing writes while the kernel runs. A plain load: with L1::no_allocate, what exceeds L2 takes up to
 // 4 % longer.
 template <typename T, int N = kVec>
@@ -56,19 +65,26 @@ __device__ __forceinline__ Vec<T, N> load_const(const T* p) {
   return v;
 }
 
+// A store to global memory. Of a pointer in a struct of parameters the compiler does not know that it is global, and
+// would emit the slower store to wherever.
+template <typename V>
+__device__ __forceinline__ void store(V* p, V v) {
+  __stwb(p, v);
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v) {
-  *reinterpret_cast<typename Vec<T, N>::Bits*>(p) = v.bits();
+  store(reinterpret_cast<typename Vec<T, N>::Bits*>(p), v.bits());
 }
 
 // The scalar fall-back: any alignment, and only the first `count` elements (the rest reads as zero).
 // Deliberately no read-only load: rms_norm reads back what it has written.
 template <typename T, int N = kVec>
-__device__ __forceinline__ Vec<T, N> load_scalar(const T* p, int64_t count) {
+__device__ __forceinline__ Vec<T, N> load_scalar(const T* p, int64_t count, uint32_t stride = 1) {
   Vec<T, N> v = zero_vec<T, N>();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (i < count) reinterpret_cast<T*>(&v)[i] = p[i];
+    if (i < count) reinterpret_cast<T*>(&v)[i] = p[i * stride];
   }
   return v;
 }
@@ -109,17 +125,46 @@ __device__ __forceinline__ float reciprocal(float x) {
   return fmaf(fmaf(-x, r, 1.0f), r, r);
 }
 
-// x / d by a reciprocal r of d: a product, and one step on its residual. Correctly rounded if r is, and d, r
+// x / d from q = x * r, r being a reciprocal of d: one step on its residual. Correctly rounded if r is, and d, r
 // and the residual are normal. The residual's sign is chosen so that -0 stays -0: fma(-q, d, x) would be +0.
-__device__ __forceinline__ float divide_by_reciprocal(float x, float d, float r) {
-  const float q = x * r;
+__device__ __forceinline__ float fix_quotient(float q, float x, float d, float r) {
   return fmaf(-fmaf(q, d, -x), r, q);
 }
+__device__ __forceinline__ float divide_by_reciprocal(float x, float d, float r) {
+  return fix_quotient(x * r, x, d, r);
+}
 
-// May a matrix be read and written as 16-byte vectors?
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divisor& by) {
+  return __umulhi(2 * n, by.magic) >> by.shift;
+}
+
+// Where a row of a matrix starts.
+template <typename T>
+__device__ __forceinline__ const T* row_of(const Matrix& m, int64_t row) {
+  const T* const data = static_cast<const T*>(m.data);
+  if (m.inner.divisor == 0) return data + row * m.stride;
+  const uint32_t n = static_cast<uint32_t>(row) + m.first;
+  const uint32_t outer = divide(n, m.inner);
+  return data + outer * m.outer_stride + (n - outer * m.inner.divisor) * m.stride;
+}
+
+// The even and the odd elements of 2 N.
+template <typename T, int N>
+__device__ __forceinline__ void deinterleave(const Vec<T, N>& a, const Vec<T, N>& b, Vec<T, N>& even, Vec<T, N>& odd) {
+  const uint32_t* const in[2] = {reinterpret_cast<const uint32_t*>(&a), reinterpret_cast<const uint32_t*>(&b)};
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const uint32_t* const from = in[i / (N / 4)] + 2 * i % (N / 2);
+    reinterpret_cast<uint32_t*>(&even)[i] = __byte_perm(from[0], from[1], 0x5410);
+    reinterpret_cast<uint32_t*>(&odd)[i] = __byte_perm(from[0], from[1], 0x7632);
+  }
+}
+
+// May a matrix be read, or a contiguous one of this width be written, as 16-byte vectors?
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-inline bool vectorizable(const void* p, int64_t stride, int64_t cols) {
-  return aligned16(p) && stride % kVec == 0 && cols % kVec == 0;
+inline bool vectorizable(const Matrix& m, int64_t cols) {
+  return aligned16(m.data) && m.stride % kVec == 0 && m.outer_stride % kVec == 0 && m.col_stride == 1 &&
+         cols % kVec == 0;
 }
 
 }  // namespace custom_ops

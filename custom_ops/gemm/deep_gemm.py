@@ -1,7 +1,8 @@
 """block_scaled_mm on DeepGEMM (`pip install sgl-deep-gemm`), for Hopper.
 
-DeepGEMM compiles a kernel when it first meets a problem, which must not happen inside a CUDA graph
-capture: a shape that has not run before the capture is an error there, not a compilation.
+DeepGEMM compiles a kernel when it first meets one. `custom_ops.jit.deep_gemm` knows which kernel that is: a
+warm-up compiles it ahead, a compilation after a warm-up is counted, and inside a CUDA graph capture a kernel that
+is not loaded is an error, not a compilation.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 from custom_ops import platform
+from custom_ops.gemm.reference import BLOCK
 from custom_ops.platform import on_device
-from custom_ops.scales import as_rows, has_layout, known, pitch_of
+from custom_ops.scales import as_rows, empty_scale, has_layout, known, pitch_of
 
 # TMA reads and writes rows whose pitch is a multiple of 16 bytes.
 _K_MULTIPLE = 16
 _N_MULTIPLE = 8
 
-# (device index, M, N, K) of the problems whose kernel has been compiled and loaded in this process.
-compiled: set[tuple[int, int, int, int]] = set()
+# (device index, M, N, K, strides of the scales) of what has run in this process: nothing is left to compile.
+compiled: set[tuple[object, ...]] = set()
 
 
 def needs_hopper(device: torch.device) -> str | None:
@@ -76,29 +78,53 @@ def block_scaled_mm(
     """As `custom_ops.block_scaled_mm`. Reads a_scale in place when it is column_major_tma; otherwise
     DeepGEMM transposes it into that layout with a kernel of its own. Strided codes are copied.
 
-    Raises RuntimeError for a problem that would be compiled inside a CUDA graph capture.
+    Raises RuntimeError for a kernel that would be compiled or loaded inside a CUDA graph capture, JitError
+    for one that would be compiled after a strict warm-up.
     """
-    import deep_gemm
-
     n, k = b.shape
     rows = as_rows(a).contiguous()
     m = rows.shape[0]
     out = torch.empty((*a.shape[:-1], n), dtype=out_dtype, device=a.device)
     if m == 0:
         return out
-    problem = (a.device.index, m, n, k)
-    if problem not in compiled and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"block_scaled_mm: DeepGEMM has not run M={m}, N={n}, K={k} yet and may have to compile "
-            "a kernel for it, which must not happen while a CUDA graph is captured; run the op once "
-            "with these sizes before the capture"
-        )
-    left = (rows, _scale_rows(a_scale, m))
-    right = (b.contiguous(), b_scale.contiguous())
-    with on_device(a):
-        deep_gemm.fp8_gemm_nt(left, right, out.view(m, n))
-    compiled.add(problem)
+    scale = _scale_rows(a_scale, m)
+    left, right = (rows, scale), (b.contiguous(), b_scale.contiguous())
+    problem = (a.device.index, m, n, k, scale.stride())
+    if problem in compiled:
+        _run(left, right, out.view(m, n))
+    else:
+        _first(left, right, out.view(m, n))
+        compiled.add(problem)
     return out
+
+
+def _run(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], out: Tensor) -> None:
+    import deep_gemm
+
+    with on_device(out):
+        deep_gemm.fp8_gemm_nt(left, right, out)
+
+
+def _first(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """The first run of a problem in this process, watched for what it compiles."""
+    from custom_ops.jit import deep_gemm as jit
+
+    (m, n), k, scale = out.shape, left[0].shape[1], left[1]
+    in_place = scale.stride() == (1, pitch_of(m, "column_major_tma")) and scale.shape[1] > 1
+    transposes = scale.is_contiguous() and not in_place
+    capturing = torch.cuda.is_current_stream_capturing()
+    with jit.first_call(out.device.index, m, n, k, transposes, capturing):
+        _run(left, right, out)
+
+
+def run_once(m: int, n: int, k: int, scale_layout: str) -> None:
+    """Run one problem on zeros, on the current GPU, which loads its kernel and compiles it if it must."""
+    groups = -(-k // BLOCK)
+    a = torch.zeros(m, k, dtype=torch.float8_e4m3fn, device="cuda")
+    b = torch.zeros(n, k, dtype=torch.float8_e4m3fn, device="cuda")
+    a_scale = empty_scale((m,), groups, scale_layout, a.device)
+    b_scale = torch.ones(-(-n // BLOCK), groups, device="cuda")
+    block_scaled_mm(a, a_scale, b, b_scale, out_dtype=torch.bfloat16)
 
 
 def _scale_rows(a_scale: Tensor, m: int) -> Tensor:

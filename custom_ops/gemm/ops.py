@@ -1,18 +1,25 @@
-"""Block-scaled FP8 matrix product: the linear layer of DeepSeek-V3 style FP8 checkpoints."""
+"""Matrix products of quantized operands: block-scaled (DeepSeek-V3 style), and with a scale per token and channel."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from custom_ops import library
-from custom_ops.gemm import cublaslt, deep_gemm, reference
+from custom_ops.gemm import cublaslt, deep_gemm, reference, scaled_mm_cublaslt
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.implementation import Implementation, triton
-from custom_ops.quantization.ops import check_device
+from custom_ops.quantization.checks import check_choice, check_device
 from custom_ops.scales import known
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CODE_DTYPES = (torch.float8_e4m3fn, torch.int8)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPILOGUES = ("float32", "out_dtype")
+# A product of two int8 codes is at most 2^14, so that an int32 holds the sum of fewer than 2^17 of them.
+MAX_INT8_K = 2**17 - 1
 
 
 def block_scaled_mm(
@@ -120,5 +127,129 @@ OP = library.define(
             deep_gemm.unsupported,
         ),
         triton("custom_ops.gemm.triton_kernels:block_scaled_mm"),
+    ),
+)
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    epilogue: str = "float32",
+) -> Tensor:
+    """(a * a_scale) @ (b * b_scale).T + bias, with one scale per tensor, token or output channel.
+
+    a: float8_e4m3fn or int8, [..., K]. a_scale: one element (per tensor), or [..., 1] (per token). b: of the dtype
+    of a, [N, K], as `torch.nn.Linear` keeps weights. b_scale: one element, or [N] or [N, 1] (per channel). Scales are
+    float32, bfloat16 or float16, and read as float32. bias: [N], of out_dtype or float32. Any strides. out_dtype:
+    bfloat16, float16 or float32. K: any for float8; up to 131071 for int8, so that no sum leaves int32. Returns
+    [..., N], contiguous. With fl() one rounding to float32 and T one to out_dtype:
+
+        sum = sum_k a * b                                   int8: exact; float8: a float32
+        epilogue "float32":    out = T(fl(fl(fl(sum) * a_scale) * b_scale) [+ bias, once more rounded to float32])
+        epilogue "out_dtype":  out = T(T(T(sum) * a_scale) * b_scale), then T(out + bias)
+
+    The second is what eager PyTorch computes for `torch._int_mm(a, b.T) * a_scale * b_scale + bias` with 16-bit
+    scales. int8 has the same bits in every implementation and any batch. For float8, order and precision of the sum
+    are the implementation's, and cuBLASLt (which does not say in which order it multiplies the scales either) picks
+    its kernel by the number of tokens, so that a row may differ in the last bits from one batch to another. All of them
+    promote partial sums to float32, at the latest after 128 channels: cuBLASLt runs with `use_fast_accum=False`, as the
+    dequantize-and-multiply that this op stands for sums in float32. A graph that calls `torch._scaled_mm` itself keeps
+    its call, and the `use_fast_accum` that it asked for.
+
+    Implementations: cuBLASLt (`torch._scaled_mm`; `torch._int_mm` and a kernel for the scales), Triton, reference. The
+    tables in `custom_ops/tables` say which is faster where. Raises ValueError for another dtype, shape or device.
+    """
+    return torch.ops.custom_ops.scaled_mm(
+        a, a_scale, b, b_scale, bias, out_dtype=out_dtype, epilogue=epilogue
+    )
+
+
+def _check_scaled(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    epilogue: str,
+) -> None:
+    op = "scaled_mm"
+    check_choice(op, "a.dtype", a.dtype, CODE_DTYPES)
+    check_choice(op, "b.dtype", b.dtype, (a.dtype,))
+    check_choice(op, "a_scale.dtype", a_scale.dtype, SCALE_DTYPES)
+    check_choice(op, "b_scale.dtype", b_scale.dtype, SCALE_DTYPES)
+    check_choice(op, "out_dtype", out_dtype, OUT_DTYPES)
+    check_choice(op, "epilogue", epilogue, EPILOGUES)
+    operands = {"a_scale": a_scale, "b": b, "b_scale": b_scale}
+    for name, tensor in (operands | ({} if bias is None else {"bias": bias})).items():
+        check_device(op, name, tensor, "a", a)
+    if a.dim() < 1:
+        raise ValueError(f"{op}: a has no dimension; accepted: [..., K]")
+    if b.dim() != 2:
+        raise ValueError(f"{op}: b has {b.dim()} dimensions; accepted: 2, [N, K]")
+    n, k = b.shape
+    _require_one_of(op, "b", b, [(n, a.shape[-1])])
+    if a.dtype == torch.int8 and known(k > MAX_INT8_K):
+        raise ValueError(f"{op}: K is {k}; accepted for int8: up to {MAX_INT8_K}")
+    if not one_element(a_scale):
+        _require_one_of(op, "a_scale", a_scale, [(*a.shape[:-1], 1)], "or one element")
+    if not one_element(b_scale):
+        _require_one_of(op, "b_scale", b_scale, [(n,), (n, 1)], "or one element")
+    if bias is not None:
+        check_choice(op, "bias.dtype", bias.dtype, tuple(dict.fromkeys((out_dtype, torch.float32))))
+        _require_one_of(op, "bias", bias, [(n,)])
+
+
+def one_element(scale: Tensor) -> bool:
+    """Whether a scale certainly is one number for the whole tensor."""
+    return known(scale.numel() == 1)
+
+
+def _require_one_of(
+    op: str, name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], more: str = ""
+) -> None:
+    for shape in shapes:
+        if tensor.dim() == len(shape) and not any(
+            known(have != want) for have, want in zip(tensor.shape, shape, strict=True)
+        ):
+            return
+    accepted = ", ".join([*map(str, shapes), *([more] if more else [])])
+    raise ValueError(f"{op}: {name}.shape is {tuple(tensor.shape)}; accepted: {accepted}")
+
+
+def _empty_scaled(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    epilogue: str,
+) -> Tensor:
+    return torch.empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype, device=a.device)
+
+
+SCALED_MM = library.define(
+    scaled_mm,
+    "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias=None, *, "
+    "ScalarType out_dtype=bfloat16, str epilogue='float32') -> Tensor",
+    check=_check_scaled,
+    empty=_empty_scaled,
+    reference=reference.scaled_mm,
+    implementations=(
+        Implementation(
+            "cublaslt",
+            lambda: scaled_mm_cublaslt.scaled_mm,
+            scaled_mm_cublaslt.unavailable,
+            scaled_mm_cublaslt.unsupported,
+        ),
+        triton("custom_ops.gemm.scaled_mm_triton:scaled_mm"),
     ),
 )

@@ -1,4 +1,4 @@
-"""The semantics of the block-scaled matrix product in plain PyTorch."""
+"""The semantics of the scaled matrix products in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,3 +27,29 @@ def block_scaled_mm(
     """`custom_ops.block_scaled_mm`: dequantize to float32, multiply in float32, round once."""
     product = dequantize_rows(a, a_scale) @ dequantize_blocks(b, b_scale).t()
     return to_contiguous(product.to(out_dtype))
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    epilogue: str,
+) -> Tensor:
+    """`custom_ops.scaled_mm`: int8 products are summed in float64, which holds each such sum exactly."""
+    wide = torch.float64 if a.dtype == torch.int8 else torch.float32
+    value = (a.to(wide) @ b.to(wide).t()).float()
+    rows = a_scale.float() if a_scale.numel() != 1 else a_scale.float().reshape(())
+    steps = (rows, b_scale.float().flatten())
+    if epilogue == "out_dtype":
+        value = value.to(out_dtype).float()
+        for scale in steps:
+            value = (value * scale).to(out_dtype).float()
+    else:
+        value = value * steps[0] * steps[1]
+    if bias is not None:
+        value = value + bias.float()
+    return to_contiguous(value.to(out_dtype))

@@ -1,10 +1,27 @@
-"""RMSNorm, alone, with the residual addition before it and with the group quantization after it."""
+"""RMSNorm, alone, with the residual addition before it and with the quantization after it."""
 
 from custom_ops.normalization.ops import (
     add_rms_norm,
     add_rms_norm_group_quant,
+    add_rms_norm_tensor_quant,
+    add_rms_norm_tensor_quant_static,
+    add_rms_norm_token_quant,
     rms_norm,
     rms_norm_group_quant,
+    rms_norm_tensor_quant,
+    rms_norm_tensor_quant_static,
+    rms_norm_token_quant,
 )
 
-__all__ = ["add_rms_norm", "add_rms_norm_group_quant", "rms_norm", "rms_norm_group_quant"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_group_quant",
+    "add_rms_norm_tensor_quant",
+    "add_rms_norm_tensor_quant_static",
+    "add_rms_norm_token_quant",
+    "rms_norm",
+    "rms_norm_group_quant",
+    "rms_norm_tensor_quant",
+    "rms_norm_tensor_quant_static",
+    "rms_norm_token_quant",
+]

@@ -17,7 +17,7 @@ so a row gives the same bits in any batch.
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,14 +26,20 @@ from custom_ops import library
 from custom_ops.implementation import cuda, triton
 from custom_ops.library import require
 from custom_ops.normalization import reference
-from custom_ops.quantization.ops import (
+from custom_ops.quantization.checks import (
     check_activation,
+    check_bound,
+    check_choice,
     check_device,
     check_like,
-    check_quant,
-    empty_quant,
 )
-from custom_ops.scales import DEFAULT_MIN_AMAX
+from custom_ops.quantization.fused import Producer, fuse
+from custom_ops.quantization.ops import (
+    GROUP_QUANT,
+    TENSOR_QUANT,
+    TENSOR_QUANT_STATIC,
+    TOKEN_QUANT,
+)
 
 WEIGHT_MODES = ("rounded", "float32", "float32_plus_one")
 
@@ -62,78 +68,17 @@ def add_rms_norm(
     return torch.ops.custom_ops.add_rms_norm(x, residual, weight, eps, weight_mode=weight_mode)
 
 
-def rms_norm_group_quant(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str = "rounded",
-    scale_layout: str = "row_major",
-    min_amax: float = DEFAULT_MIN_AMAX,
-) -> tuple[Tensor, Tensor]:
-    """`group_quant(rms_norm(x, weight, eps), group_size, ...)` in one pass over memory.
-
-    Arguments as in `rms_norm` and `group_quant`; hidden_size is a multiple of group_size. Returns
-    (q, scale). The norm is rounded to the dtype of x before it is quantized. Raises ValueError for what
-    either op refuses.
-    """
-    return torch.ops.custom_ops.rms_norm_group_quant(
-        x,
-        weight,
-        eps,
-        group_size,
-        weight_mode=weight_mode,
-        scale_layout=scale_layout,
-        min_amax=min_amax,
-    )
-
-
-def add_rms_norm_group_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str = "rounded",
-    scale_layout: str = "row_major",
-    min_amax: float = DEFAULT_MIN_AMAX,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_rms_norm` and `group_quant` of its output in one pass over memory.
-
-    Arguments as in those two ops; hidden_size is a multiple of group_size. Returns (q, scale,
-    residual_out). Raises ValueError for what either op refuses.
-    """
-    return torch.ops.custom_ops.add_rms_norm_group_quant(
-        x,
-        residual,
-        weight,
-        eps,
-        group_size,
-        weight_mode=weight_mode,
-        scale_layout=scale_layout,
-        min_amax=min_amax,
-    )
-
-
-def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, weight_mode: str) -> None:
+def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, *, weight_mode: str) -> None:
     check_activation(op, "x", x)
     check_device(op, "weight", weight, "x", x)
-    if weight_mode not in WEIGHT_MODES:
-        raise ValueError(
-            f"{op}: weight_mode is {weight_mode!r}; accepted: {', '.join(WEIGHT_MODES)}"
-        )
+    check_choice(op, "weight_mode", weight_mode, WEIGHT_MODES)
     if weight.dtype != x.dtype and (weight_mode == "rounded" or weight.dtype != torch.float32):
         accepted = f"{x.dtype}" if weight_mode == "rounded" else f"{x.dtype}, torch.float32"
         raise ValueError(
             f"{op}: weight.dtype is {weight.dtype}; accepted with weight_mode {weight_mode!r} and "
             f"x of {x.dtype}: {accepted}"
         )
-    if not (
-        isinstance(eps, torch.SymFloat) or 0.0 <= eps < math.inf
-    ):  # a SymFloat is checked when it runs
-        raise ValueError(f"{op}: eps is {eps}; accepted: a finite number >= 0")
+    check_bound(op, "eps", eps)
 
     def shape() -> str:
         return f"{op}: weight.shape is {tuple(weight.shape)}; accepted: ({x.shape[-1]},), as x[-1]"
@@ -142,128 +87,58 @@ def _check_norm(op: str, x: Tensor, weight: Tensor, eps: float, weight_mode: str
     require(weight.shape[0] == x.shape[-1], shape)
 
 
-def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_mode: str) -> None:
-    _check_norm("rms_norm", x, weight, eps, weight_mode)
+def _check_add_norm(
+    op: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, weight_mode: str
+) -> None:
+    _check_norm(op, x, weight, eps, weight_mode=weight_mode)
+    check_like(op, "residual", residual, "x", x)
 
 
-def _empty_rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_mode: str) -> Tensor:
+def _empty_norm(x: Tensor, weight: Tensor, eps: float, *, weight_mode: str) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _check_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, weight_mode: str
-) -> None:
-    _check_norm("add_rms_norm", x, weight, eps, weight_mode)
-    check_like("add_rms_norm", "residual", residual, "x", x)
-
-
-def _empty_add_rms_norm(
+def _empty_add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, weight_mode: str
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return out, torch.empty_like(out)
 
 
-def _check_rms_norm_group_quant(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> None:
-    _check_norm("rms_norm_group_quant", x, weight, eps, weight_mode)
-    check_quant("rms_norm_group_quant", "x", x, group_size, scale_layout, min_amax)
+_KERNELS = "custom_ops.normalization.triton_kernels"
 
-
-def _empty_rms_norm_group_quant(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_quant(x, group_size, scale_layout)
-
-
-def _check_add_rms_norm_group_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> None:
-    op = "add_rms_norm_group_quant"
-    _check_norm(op, x, weight, eps, weight_mode)
-    check_like(op, "residual", residual, "x", x)
-    check_quant(op, "x", x, group_size, scale_layout, min_amax)
-
-
-def _empty_add_rms_norm_group_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, scale = empty_quant(x, group_size, scale_layout)
-    return q, scale, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-_KERNELS = "custom_ops.normalization.triton_kernels:"
-_QUANT = "str weight_mode='rounded', str scale_layout='row_major', float min_amax=1e-10"
-
-library.define(
-    rms_norm,
-    "(Tensor x, Tensor weight, float eps, *, str weight_mode='rounded') -> Tensor",
-    check=_check_rms_norm,
-    empty=_empty_rms_norm,
-    reference=reference.rms_norm,
-    implementations=(cuda("rms_norm"), triton(_KERNELS + "rms_norm")),
-)
-library.define(
-    add_rms_norm,
-    "(Tensor x, Tensor residual, Tensor weight, float eps, *, str weight_mode='rounded')"
-    " -> (Tensor out, Tensor residual_out)",
-    check=_check_add_rms_norm,
-    empty=_empty_add_rms_norm,
-    reference=reference.add_rms_norm,
-    implementations=(cuda("add_rms_norm"), triton(_KERNELS + "add_rms_norm")),
-)
-library.define(
-    rms_norm_group_quant,
-    f"(Tensor x, Tensor weight, float eps, int group_size, *, {_QUANT})"
-    " -> (Tensor q, Tensor scale)",
-    check=_check_rms_norm_group_quant,
-    empty=_empty_rms_norm_group_quant,
-    reference=reference.rms_norm_group_quant,
-    implementations=(
-        cuda("rms_norm_group_quant"),
-        triton(_KERNELS + "rms_norm_group_quant"),
+RMS_NORM = Producer(
+    library.define(
+        rms_norm,
+        "(Tensor x, Tensor weight, float eps, *, str weight_mode='rounded') -> Tensor",
+        check=partial(_check_norm, "rms_norm"),
+        empty=_empty_norm,
+        reference=reference.rms_norm,
+        implementations=(cuda("rms_norm"), triton(f"{_KERNELS}:rms_norm")),
     ),
+    _check_norm,
+    _KERNELS,
 )
-library.define(
-    add_rms_norm_group_quant,
-    f"(Tensor x, Tensor residual, Tensor weight, float eps, int group_size, *, {_QUANT})"
-    " -> (Tensor q, Tensor scale, Tensor residual_out)",
-    check=_check_add_rms_norm_group_quant,
-    empty=_empty_add_rms_norm_group_quant,
-    reference=reference.add_rms_norm_group_quant,
-    implementations=(
-        cuda("add_rms_norm_group_quant"),
-        triton(_KERNELS + "add_rms_norm_group_quant"),
+ADD_RMS_NORM = Producer(
+    library.define(
+        add_rms_norm,
+        "(Tensor x, Tensor residual, Tensor weight, float eps, *, str weight_mode='rounded')"
+        " -> (Tensor out, Tensor residual_out)",
+        check=partial(_check_add_norm, "add_rms_norm"),
+        empty=_empty_add_norm,
+        reference=reference.add_rms_norm,
+        implementations=(cuda("add_rms_norm"), triton(f"{_KERNELS}:add_rms_norm")),
     ),
+    _check_add_norm,
+    _KERNELS,
+    residual=True,
 )
+
+rms_norm_group_quant = fuse(RMS_NORM, GROUP_QUANT)
+rms_norm_token_quant = fuse(RMS_NORM, TOKEN_QUANT)
+rms_norm_tensor_quant = fuse(RMS_NORM, TENSOR_QUANT)
+rms_norm_tensor_quant_static = fuse(RMS_NORM, TENSOR_QUANT_STATIC)
+add_rms_norm_group_quant = fuse(ADD_RMS_NORM, GROUP_QUANT)
+add_rms_norm_token_quant = fuse(ADD_RMS_NORM, TOKEN_QUANT)
+add_rms_norm_tensor_quant = fuse(ADD_RMS_NORM, TENSOR_QUANT)
+add_rms_norm_tensor_quant_static = fuse(ADD_RMS_NORM, TENSOR_QUANT_STATIC)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from custom_ops.quantization.reference import group_quant
 from custom_ops.scales import to_contiguous
 
 
@@ -26,35 +25,3 @@ def add_rms_norm(
     """`custom_ops.add_rms_norm`: eager addition, then the norm."""
     residual_out = to_contiguous(x + residual)
     return rms_norm(residual_out, weight, eps, weight_mode=weight_mode), residual_out
-
-
-def rms_norm_group_quant(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor]:
-    """`custom_ops.rms_norm_group_quant`: the composition."""
-    normed = rms_norm(x, weight, eps, weight_mode=weight_mode)
-    return group_quant(normed, group_size, scale_layout=scale_layout, min_amax=min_amax)
-
-
-def add_rms_norm_group_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`custom_ops.add_rms_norm_group_quant`: the composition."""
-    normed, residual_out = add_rms_norm(x, residual, weight, eps, weight_mode=weight_mode)
-    q, scale = group_quant(normed, group_size, scale_layout=scale_layout, min_amax=min_amax)
-    return q, scale, residual_out

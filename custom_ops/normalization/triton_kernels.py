@@ -6,25 +6,30 @@ depends on the hidden size and the group size alone: a row gives the same bits i
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from custom_ops.platform import on_device
-from custom_ops.quantization.ops import empty_quant
-from custom_ops.quantization.triton_kernels import scale_steps
-from custom_ops.scales import as_rows
-from custom_ops.triton_math import (
-    native_fp8,
-    quantize_groups,
-    round_to,
-    to_float32,
+from custom_ops.quantization.triton_codes import (
+    code_constants,
+    codes_of,
+    codes_pointer,
+    magnitude_bits,
+    scale_of,
+    store_scale,
 )
+from custom_ops.quantization.triton_kernels import quantize_by_amax, raise_amax, scale_steps
+from custom_ops.scales import as_rows, quant_spec
+from custom_ops.triton_math import round_to, to_float32
 
 # The longest row that stays in registers between the two passes; a longer one is read twice.
 MAX_TILE = 16384
-# Groups of the tile when nothing is quantized.
+# Groups of the tile when nothing is quantized in groups.
 GROUP = 128
 
 
@@ -39,79 +44,50 @@ def _load(x_ptr, residual_ptr, offsets, mask, ADD: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    x,
-    rstd,
-    weight_ptr,
-    out_ptr,
-    residual_out_ptr,
-    scale_ptr,
-    offsets,
-    mask,
-    group,
-    in_row,
-    row,
-    size,
-    scale_row,
-    scale_group,
-    min_amax,
-    WEIGHT_MODE: tl.constexpr,
-    ADD: tl.constexpr,
-    QUANT: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """Normalize one tile of a row and store it, quantized or not, with the residual or not."""
-    dtype: tl.constexpr = x.dtype
-    if ADD:
-        tl.store(residual_out_ptr + row * size + offsets, x, mask=mask)
+def _normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE: tl.constexpr):
+    """The norm of one tile of a row, rounded to its dtype."""
     weight = to_float32(tl.load(weight_ptr + offsets, mask=mask, other=0.0))
     y = to_float32(x) * rstd
     if WEIGHT_MODE == "rounded":
-        y = to_float32(round_to(y, dtype)) * weight
+        y = to_float32(round_to(y, x.dtype)) * weight
     elif WEIGHT_MODE == "float32":
         y = y * weight
     else:
         y = y * (1.0 + weight)
-    out = round_to(y, dtype)
-    if QUANT:
-        scale, codes = quantize_groups(to_float32(out), min_amax, NATIVE_FP8)
-        tl.store(out_ptr + row * size + offsets, codes, mask=mask)
-        tl.store(scale_ptr + row * scale_row + group * scale_group, scale, mask=in_row)
-    else:
-        tl.store(out_ptr + row * size + offsets, out, mask=mask)
+    return round_to(y, x.dtype)
+
+
+@triton.jit
+def _magnitudes(out, mask):
+    """The bits of |out|; 0 past the end of the row, where a norm by rstd = Inf would be NaN."""
+    return tl.where(mask, magnitude_bits(out), 0)
+
+
+@triton.jit
+def _largest(bits, GROUPS: tl.constexpr):
+    """The largest of a tile of bits, once for each of its groups [GROUPS]."""
+    return tl.zeros((GROUPS,), tl.int32) + tl.max(tl.max(bits, axis=1), axis=0)
 
 
 @triton.jit(do_not_specialize=["scale_row", "scale_group"])
 def _rms_norm(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    residual_out_ptr,
-    scale_ptr,
-    size,
-    x_row,
-    residual_row,
-    scale_row,
-    scale_group,
-    eps,
-    min_amax,
-    WEIGHT_MODE: tl.constexpr,
-    ADD: tl.constexpr,
-    QUANT: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, amax_ptr,
+    size, x_row, residual_row, scale_row, scale_group, eps, min_amax, min_scale,
+    WEIGHT_MODE: tl.constexpr, ADD: tl.constexpr, SCHEME: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, ONE_TILE: tl.constexpr,
+    SCALE_MODE: tl.constexpr, SCALE_FORMAT: tl.constexpr,
+    CODE_MAX: tl.constexpr, INT8: tl.constexpr, CODE_MODE: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row
     residual_ptr += row * residual_row
+    out_ptr += row * size
+    residual_out_ptr += row * size
+    T: tl.constexpr = x_ptr.dtype.element_ty
     tile_group = tl.arange(0, GROUPS)
     tile = tile_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = _load(x_ptr, residual_ptr, tile, tile < size, ADD)  # all of the row with ONE_TILE
     if ONE_TILE:
-        mask = tile < size
-        x = _load(x_ptr, residual_ptr, tile, mask, ADD)
         v = to_float32(x)
         total = tl.sum(tl.sum(v * v, axis=1), axis=0)
     else:
@@ -124,40 +100,87 @@ def _rms_norm(
     # Scalars as float32 whatever type they come in: an eps in float64 would make the sum float64.
     mean = tl.div_rn(total, tl.full((), size, tl.float32))
     rstd = tl.rsqrt(mean + tl.full((), eps, tl.float32))
-    if ONE_TILE:
-        _finish(
-            x, rstd, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, tile, mask, tile_group,
-            tile_group * GROUP < size, row, size, scale_row, scale_group, min_amax, WEIGHT_MODE, ADD,
-            QUANT, NATIVE_FP8,
-        )  # fmt: skip
-    else:
+
+    scale = tl.zeros((GROUPS,), tl.float32)
+    if SCHEME == "static":
+        scale += tl.load(scale_ptr)
+    if SCHEME == "token" and not ONE_TILE:
+        bits = tl.zeros((GROUPS, GROUP), tl.int32)
         for start in range(0, size, GROUPS * GROUP):
             offsets = start + tile
             mask = offsets < size
-            group = start // GROUP + tile_group
             x = _load(x_ptr, residual_ptr, offsets, mask, ADD)
-            _finish(
-                x, rstd, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, offsets, mask, group,
-                group * GROUP < size, row, size, scale_row, scale_group, min_amax, WEIGHT_MODE, ADD,
-                QUANT, NATIVE_FP8,
-            )  # fmt: skip
+            out = _normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE)
+            bits = tl.maximum(bits, _magnitudes(out, mask))
+        largest = _largest(bits, GROUPS)
+        scale = scale_of(largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT)
+
+    end = GROUPS * GROUP if ONE_TILE else size  # a constant, for which no loop remains
+    for start in range(0, end, GROUPS * GROUP):
+        offsets = start + tile
+        mask = offsets < size
+        if not ONE_TILE:
+            x = _load(x_ptr, residual_ptr, offsets, mask, ADD)
+        if ADD:
+            tl.store(residual_out_ptr + offsets, x, mask=mask)
+        out = _normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE)
+        if SCHEME == "plain" or SCHEME == "amax":
+            tl.store(out_ptr + offsets, out, mask=mask)
+            if SCHEME == "amax":
+                raise_amax(
+                    amax_ptr, tl.max(_magnitudes(out, mask).reshape(1, GROUPS * GROUP), axis=1)
+                )
+        else:
+            if SCHEME == "group":
+                largest = tl.max(_magnitudes(out, mask), axis=1)
+                scale = scale_of(
+                    largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT
+                )
+                group = start // GROUP + tile_group
+                store_scale(
+                    scale_ptr, row, group, size // GROUP, scale_row, scale_group, scale,
+                    group * GROUP < size, SCALE_FORMAT,
+                )  # fmt: skip
+            elif SCHEME == "token" and ONE_TILE:
+                largest = _largest(_magnitudes(out, mask), GROUPS)
+                scale = scale_of(
+                    largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT
+                )
+            codes = codes_of(out, scale, CODE_MAX, INT8, CODE_MODE, NATIVE_FP8, SCHEME == "static")
+            tl.store(out_ptr + offsets, codes, mask=mask)
+    if SCHEME == "token":
+        tl.store(scale_ptr + row + tile_group, scale, mask=tile_group == 0)
 
 
 def _launch(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    weight_mode: str,
+    scheme: str,
+    adds: bool,
+    args: tuple[Any, ...],
     out: Tensor,
-    residual_out: Tensor | None,
+    *,
+    weight_mode: str,
     scale: Tensor | None = None,
-    scale_layout: str = "row_major",
-    min_amax: float = 0.0,
+    steps: tuple[int, int] = (0, 0),
+    amax: Tensor | None = None,
     group_size: int = GROUP,
-) -> None:
+    min_amax: float = 0.0,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_format: str = "float32",
+    min_scale: float = 0.0,
+    scale_mode: str = "divide",
+    code_mode: str = "divide",
+) -> tuple[Tensor, ...]:
+    """Run the kernel over all rows, if there are any; returns the sum, where there is one.
+
+    args: those of the op, x first. Takes any row pitch; an input strided along hidden_size is copied.
+    """
+    x: Tensor = args[0]
+    weight, eps = args[1 + adds : 3 + adds]
     rows = as_rows(x)
-    residuals = rows if residual is None else as_rows(residual)
+    residuals = as_rows(args[1]) if adds else rows
+    sums: tuple[Tensor, ...] = (_empty(args),) if adds else ()
+    if x.numel() == 0:
+        return sums
     size = x.shape[-1]
     tile = max(group_size, min(triton.next_power_of_2(size), MAX_TILE))
     with on_device(x):
@@ -165,74 +188,75 @@ def _launch(
             rows,
             residuals,
             weight.contiguous(),
-            out if scale is None else out.view(torch.uint8),
-            out if residual_out is None else residual_out,
+            out,
+            sums[0] if adds else out,
             out if scale is None else scale,
+            out if amax is None else amax,
             size,
             rows.stride(0),
             residuals.stride(0),
-            *((0, 0) if scale is None else scale_steps(scale, scale_layout)),
+            *steps,
             eps,
             min_amax,
+            min_scale,
             WEIGHT_MODE=weight_mode,
-            ADD=residual is not None,
-            QUANT=scale is not None,
+            ADD=adds,
+            SCHEME=scheme,
             GROUP=group_size,
             GROUPS=tile // group_size,
             ONE_TILE=size <= tile,
-            NATIVE_FP8=native_fp8(x),
+            SCALE_MODE=scale_mode,
+            SCALE_FORMAT=scale_format,
+            **code_constants(x, dtype, code_mode),
             num_warps=min(max(tile // 1024, 1), 16),
         )
+    return sums
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_mode: str) -> Tensor:
-    """As `custom_ops.rms_norm`. Takes any row pitch; an input strided along hidden_size is copied."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, weight, eps, weight_mode, out, None)
-    return out
+def _empty(args: tuple[Any, ...]) -> Tensor:
+    return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, weight_mode: str
-) -> tuple[Tensor, Tensor]:
-    """As `custom_ops.add_rms_norm`; strides as in `rms_norm`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    residual_out = torch.empty_like(out)
-    _launch(x, residual, weight, eps, weight_mode, out, residual_out)
-    return out, residual_out
+def _plain(adds: bool, *args: Any, weight_mode: str) -> Tensor | tuple[Tensor, ...]:
+    out = _empty(args)
+    sums = _launch("plain", adds, args, out, weight_mode=weight_mode)
+    return (out, *sums) if adds else out
 
 
-def rms_norm_group_quant(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor]:
-    """As `custom_ops.rms_norm_group_quant`; strides as in `rms_norm`."""
-    q, scale = empty_quant(x, group_size, scale_layout)
-    quant = (scale, scale_layout, min_amax, group_size)
-    _launch(x, None, weight, eps, weight_mode, q, None, *quant)
-    return q, scale
+def _per_group(adds: bool, *args: Any, scale_layout: str, **options: Any) -> tuple[Tensor, ...]:
+    group_size = args[-1]
+    spec = quant_spec(options["dtype"], (1, group_size), options["scale_format"], scale_layout)
+    q, scale = spec.empty(args[0].shape, args[0].device)
+    options |= {"steps": scale_steps(scale, scale_layout), "group_size": group_size}
+    return q, scale, *_launch("group", adds, args, codes_pointer(q), scale=scale, **options)
 
 
-def add_rms_norm_group_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int,
-    *,
-    weight_mode: str,
-    scale_layout: str,
-    min_amax: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `custom_ops.add_rms_norm_group_quant`; strides as in `rms_norm`."""
-    q, scale = empty_quant(x, group_size, scale_layout)
-    residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    quant = (scale, scale_layout, min_amax, group_size)
-    _launch(x, residual, weight, eps, weight_mode, q, residual_out, *quant)
-    return q, scale, residual_out
+def _per_token(adds: bool, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    spec = quant_spec(options["dtype"], (1, None), options["scale_format"])
+    q, scale = spec.empty(args[0].shape, args[0].device)
+    return q, scale, *_launch("token", adds, args, codes_pointer(q), scale=scale, **options)
+
+
+def _per_tensor(adds: bool, *args: Any, weight_mode: str, **options: Any) -> tuple[Tensor, ...]:
+    out = _empty(args)
+    amax = torch.zeros(1, dtype=torch.int32, device=out.device)
+    sums = _launch("amax", adds, args, out, weight_mode=weight_mode, amax=amax)
+    return *quantize_by_amax(out, amax, **options), *sums
+
+
+def _per_tensor_static(adds: bool, *args: Any, **options: Any) -> Tensor | tuple[Tensor, ...]:
+    q = torch.empty(args[0].shape, dtype=options["dtype"], device=args[0].device)
+    sums = _launch("static", adds, args, codes_pointer(q), scale=args[-1], **options)
+    return (q, *sums) if adds else q
+
+
+rms_norm = partial(_plain, False)
+rms_norm_group_quant = partial(_per_group, False)
+rms_norm_token_quant = partial(_per_token, False)
+rms_norm_tensor_quant = partial(_per_tensor, False)
+rms_norm_tensor_quant_static = partial(_per_tensor_static, False)
+add_rms_norm = partial(_plain, True)
+add_rms_norm_group_quant = partial(_per_group, True)
+add_rms_norm_token_quant = partial(_per_token, True)
+add_rms_norm_tensor_quant = partial(_per_tensor, True)
+add_rms_norm_tensor_quant_static = partial(_per_tensor_static, True)

@@ -1,5 +1,19 @@
-"""Group quantization to FP8."""
+"""Quantization to FP8 and int8: of activations per group, token and tensor, of weights per block."""
 
-from custom_ops.quantization.ops import group_quant
+from custom_ops.quantization.asymmetric import token_quant_asymmetric
+from custom_ops.quantization.block_quant import block_quant
+from custom_ops.quantization.ops import (
+    group_quant,
+    tensor_quant,
+    tensor_quant_static,
+    token_quant,
+)
 
-__all__ = ["group_quant"]
+__all__ = [
+    "block_quant",
+    "group_quant",
+    "tensor_quant",
+    "tensor_quant_static",
+    "token_quant",
+    "token_quant_asymmetric",
+]

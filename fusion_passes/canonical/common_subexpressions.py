@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_passes.operations import shape_of
+
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default}
+
 
 def merge(
     graph: fx.Graph, only: Callable[[fx.Node], bool] = lambda node: True
@@ -25,13 +29,19 @@ def merge(
     for node in filter(only, list(graph.nodes)):
         if node.op not in ("call_function", "get_attr") or not _is_pure(node) or _is_returned(node):
             continue
-        key = (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))
+        key = _key(node)
         survivor = seen.setdefault(key, node)
         if survivor is not node:
             node.replace_all_uses_with(survivor)
             graph.erase_node(node)
             merged.append((node, survivor))
     return merged
+
+
+def _key(node: fx.Node) -> Any:
+    if node.target in _VIEWS:  # the shape itself, of which -1 and a number are two spellings
+        return node.args[0], shape_of(node)
+    return node.op, node.target, _freeze(node.args), _freeze(node.kwargs)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -2,13 +2,12 @@
 
 Each meaning is a function that stands in the graph for as long as the passes run (Inductor never sees it); it
 computes what the custom op of its name defines, so a rewrite can be run and checked. Sources of the spellings:
-transformers 5.17 to 5.23 (Llama, Qwen2, Qwen3, Mistral, Gemma, OLMo2), torch.nn.RMSNorm, and the quantization of
-DeepSeek-V3 as written in plain PyTorch.
+transformers 5.17 to 5.23 (Llama, Qwen2, Qwen3, Mistral, Gemma, OLMo2, gpt-oss) and torch.nn.RMSNorm. Quantizations
+have a module of their own.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,23 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor as T
 
 import custom_ops
-from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
+from fusion_passes.canonical.marks import meaning
+from fusion_passes.canonical.quantizations import DYNAMIC, STATIC
+from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, Tensor
 from fusion_passes.rewriting import Rewrite
 
-FP8_MAX = 448.0
 
-
-def _meaning(
-    kind: str, fake: Callable[..., Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def mark(fn: Callable[..., Any]) -> Callable[..., Any]:
-        fn.meaning_kind, fn.fake = kind, fake  # type: ignore[attr-defined]
-        return fn
-
-    return mark
-
-
-@_meaning(
+@meaning(
     "rowwise",
     lambda x, weight, eps, weight_mode: torch.empty(x.shape, dtype=x.dtype, device=x.device),
 )
@@ -41,24 +30,37 @@ def rms_norm(x: T, weight: T, eps: float | T, weight_mode: str) -> T:
     return custom_ops.ops()["rms_norm"].reference(x, weight, float(eps), weight_mode=weight_mode)
 
 
-def _fake_group_quant(x: T, group_size: int, min_amax: float) -> tuple[T, T]:
-    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return q, torch.empty(
-        (*x.shape[:-1], x.shape[-1] // group_size), dtype=torch.float32, device=x.device
-    )
-
-
-@_meaning("rowwise", _fake_group_quant)
-def group_quant(x: T, group_size: int, min_amax: float) -> tuple[T, T]:
-    reference = custom_ops.ops()["group_quant"].reference
-    return reference(x, group_size, scale_layout="row_major", min_amax=float(min_amax))
-
-
-@_meaning(
+@meaning(
     "pointwise", lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 )
 def silu_mul(gate: T, up: T) -> T:
     return custom_ops.ops()["silu_mul"].reference(gate, up)
+
+
+@meaning(
+    "pointwise", lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+)
+def gelu_tanh_mul(gate: T, up: T) -> T:
+    return custom_ops.ops()["gelu_tanh_mul"].reference(gate, up)
+
+
+@meaning(
+    "pointwise",
+    lambda gate, up, alpha, limit: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
+)
+def clamped_swiglu(gate: T, up: T, alpha: float, limit: float) -> T:
+    return custom_ops.ops()["clamped_swiglu"].reference(gate, up, float(alpha), float(limit))
+
+
+def clamped_swiglu_as_spelt(gate: T, up: T, alpha: float, limit: float, lower: float) -> T:
+    """As gpt-oss writes it; lower is -limit."""
+    gate, up = gate.clamp(max=limit), up.clamp(min=lower, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def _rewrite_clamped_swiglu(m: Rewrite) -> tuple[Any, ...]:
+    numbers = (m.match.scalars["alpha"], m.match.scalars["limit"])
+    return (m.emit(clamped_swiglu, m.tensor("gate"), m.tensor("up"), *numbers),)
 
 
 def _norm(x: T, eps: float) -> T:
@@ -106,50 +108,6 @@ NORMS = (
 )
 
 
-def _quant_pattern(
-    clamp_amax: bool, clamp_codes: bool, amax_first: bool, by_tensor: bool
-) -> Pattern:
-    """Without the clamp of the codes the meaning is the same: |x / scale| never rounds to more than 448."""
-
-    def spelling(x: T, group_size: int, min_amax: float = 0.0) -> tuple[T, T]:
-        groups = x.unflatten(-1, (-1, group_size))
-        if amax_first:  # the largest magnitude is exact in either dtype
-            amax = groups.abs().amax(-1, keepdim=True).float()
-        else:
-            amax = groups.float().abs().amax(-1, keepdim=True)
-        amax = amax.clamp(min=min_amax) if clamp_amax else amax
-        scale = amax / (amax.new_full((), FP8_MAX) if by_tensor else FP8_MAX)
-        codes = groups.float() / scale
-        codes = codes.clamp(-FP8_MAX, FP8_MAX) if clamp_codes else codes
-        return codes.to(torch.float8_e4m3fn), scale
-
-    inputs: dict[str, Any] = {
-        "x": Tensor("num_tokens", "num_groups * group_size"),
-        "group_size": SizeOf("group_size"),
-    }
-    if clamp_amax:
-        inputs["min_amax"] = Scalar()
-    said = {
-        "clamped amax": clamp_amax,
-        "clamped codes": clamp_codes,
-        "16-bit amax": amax_first,
-        "divided by a tensor": by_tensor,
-    }
-    words = [word for word, on in said.items() if on]
-    return Pattern(spelling, inputs, {"by_tensor": by_tensor}, ", ".join(words) or "plain")
-
-
-# Eager on a GPU divides by a number as it multiplies by the rounded reciprocal. The scales are one rounding off
-# then, and as 16-bit values over one another often lie on a tie, one code in a thousand: another meaning.
-_DIVIDES = Constraint(
-    holds=lambda match: match.device.type == "cpu" or match.constants["by_tensor"],
-    reason=lambda match: (
-        "amax / 448.0 on a GPU is eager's amax * (1 / 448), which rounds differently; "
-        "amax / amax.new_full((), 448.0) divides"
-    ),
-)
-
-
 def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
     return (
         m.emit(
@@ -162,15 +120,7 @@ def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
     )
 
 
-def _rewrite_quant(m: Rewrite) -> tuple[Any, ...]:
-    node = m.emit(
-        group_quant, m.tensor("x"), m.size("group_size"), m.match.scalars.get("min_amax", 0.0)
-    )
-    return m.outputs_of(node, 2)
-
-
 _GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}
-_QUANT_FLAGS = itertools.product((True, False), (True, False), (False, True), (True, False))
 
 MEANINGS = (
     Fusion(
@@ -190,12 +140,43 @@ MEANINGS = (
         signature="aten.exp.default",
     ),
     Fusion(
-        "group_quant",
-        "Dynamic quantization to float8 per token and group",
+        "gelu_tanh_mul",
+        "GELU (tanh) of the gate, times the up projection",
         0,
-        patterns=tuple(_quant_pattern(*flags) for flags in _QUANT_FLAGS),
-        rewrite=_rewrite_quant,
-        constraints=(_DIVIDES,),
-        signature="cast",
+        patterns=(
+            Pattern(
+                lambda gate, up: F.gelu(gate, approximate="tanh") * up, _GATED, name="gelu_tanh_mul"
+            ),
+        ),
+        rewrite=lambda m: (m.emit(gelu_tanh_mul, m.tensor("gate"), m.tensor("up")),),
+        signature="aten.tanh.default",
     ),
+    Fusion(
+        "clamped_swiglu",
+        "The clamped SwiGLU of gpt-oss",
+        0,
+        patterns=(
+            Pattern(
+                clamped_swiglu_as_spelt,
+                _GATED | {"alpha": Scalar(), "limit": Scalar(), "lower": Scalar()},
+                name="clamped_swiglu",
+            ),
+        ),
+        rewrite=_rewrite_clamped_swiglu,
+        constraints=(
+            Constraint(
+                lambda match: (
+                    all(isinstance(value, (int, float)) for value in match.scalars.values())
+                    and match.scalars["lower"] == -match.scalars["limit"]
+                ),
+                lambda match: (
+                    f"up is clamped to {match.scalars['lower']} .. {match.scalars['limit']}, "
+                    "which is not symmetric, or not known while compiling"
+                ),
+            ),
+        ),
+        signature="aten.sigmoid.default",
+    ),
+    DYNAMIC,
+    STATIC,
 )

@@ -1,7 +1,7 @@
 """Norms, activations and quantizations become one node each, whichever way they are spelt.
 
     float, pow, mean, add, rsqrt, mul, cast, mul      ->  rms_norm(x, weight, eps, "rounded")
-    float, abs, amax, clamp, div, div, clamp, cast    ->  group_quant(x, group_size, min_amax)
+    float, abs, amax, clamp, div, div, clamp, cast    ->  group_quant(x, group_size, min_amax, arithmetic)
 
 The same is done to patterns, so a fusion of two of them states its meaning once and meets one spelling. Every
 spelling keeps its own roundings: two that round differently are different meanings (``weight_mode``), and one
@@ -20,7 +20,9 @@ from torch import fx
 from fusion_passes import torch_internals
 from fusion_passes.canonical.meanings import MEANINGS
 from fusion_passes.compiled_pattern import compile_pattern
+from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Match, candidates, find
+from fusion_passes.near_miss import gives_away
 from fusion_passes.operations import escapes, is_tensor, shape_of
 from fusion_passes.rewriting import NotRewritten, Rewrite
 
@@ -85,8 +87,7 @@ def recognize(
     """Put one node in the graph for each meaning. ``check`` says whether to, once both sides exist."""
     found = []
     for meaning in MEANINGS:
-        compiled = [compile_pattern(pattern, canonical=False) for pattern in meaning.patterns]
-        for root in sorted(dict.fromkeys(node for c in compiled for node in candidates(graph, c))):
+        for root in _roots(graph, meaning):
             match = find(meaning, graph, root, canonical=False) if root.users else None
             if match is None or any(escapes(match.nodes.values(), match.outputs)):
                 continue
@@ -119,6 +120,15 @@ def recognize(
     return found
 
 
+def _roots(graph: fx.Graph, meaning: Fusion) -> list[fx.Node]:
+    """Where a meaning could end."""
+    signs = [node for node in graph.nodes if gives_away(meaning, node)]
+    if meaning.exclusive or not signs:  # no pattern is traced for a graph without any
+        return signs
+    compiled = [compile_pattern(pattern, canonical=False) for pattern in meaning.patterns]
+    return sorted(dict.fromkeys(node for c in compiled for node in candidates(graph, c)))
+
+
 def restore(graph: fx.Graph, recognized: list[Recognized]) -> None:
     """Undo every recognition that no fusion made use of."""
     for entry in reversed(recognized):
@@ -137,14 +147,23 @@ def _copy_region(
     outputs: list[fx.Node], inputs: list[fx.Node]
 ) -> tuple[fx.Graph, list[fx.Node]] | None:
     """The nodes between ``inputs`` and ``outputs`` as a graph of its own; None if they depend on anything else."""
+    # what an input is a view of may be read beside it, in a shape of its own
+    views = {n.args[0]: n for n in inputs if n.target in (aten.view.default, aten.reshape.default)}
     region: set[fx.Node] = set()
+    reshaped: dict[fx.Node, list[int]] = {}
     stack = list(outputs)
     while stack:
         node = stack.pop()
-        if node in region or node in inputs:
+        if node in region or node in inputs or node in reshaped:
             continue
         if isinstance(node.meta.get("val"), torch.SymInt):
             continue  # a size stays where it is
+        if node in views:
+            sizes = [size if isinstance(size, int) else -1 for size in shape_of(node)]
+            if sizes.count(-1) > 1:
+                return None
+            reshaped[node] = sizes
+            continue
         if node.op != "call_function":
             return None
         region.add(node)
@@ -152,6 +171,9 @@ def _copy_region(
     copy = fx.Graph()
     copied = {node: copy.placeholder(node.name) for node in dict.fromkeys(inputs)}
     placeholders = [copied[node] for node in inputs]
+    for node, sizes in reshaped.items():
+        copied[node] = copy.call_function(aten.view.default, (copied[views[node]], sizes))
+        copied[node].meta = dict(node.meta)
     for node in sorted(region):
         copied[node] = copy.node_copy(node, lambda n: copied.get(n, n))
     copy.output(tuple(copied[node] for node in outputs))

@@ -2,6 +2,7 @@
 
     view(view(q, [B, S, G, 128]), [B, S, K])  ->  q        where q already is [B, S, K]
     alias(x), slice(x, 0, 0, size of x)       ->  x
+    permute(permute(x, [1, 0]), [1, 0])       ->  x
 
 A rewrite returns each output in the shape that the user's graph had in that place; between two fused ops the
 views then cancel, so that the scales reach the GEMM in the layout in which they were made.
@@ -29,12 +30,16 @@ def remove_needless(graph: fx.Graph) -> int:
     """Returns how many nodes were bypassed. The graph's outputs keep their own views (they may be aliases)."""
     removed = 0
     for node in graph.nodes:
+        if (source := _permuted_back(node)) is not None and not _is_returned(node):
+            node.replace_all_uses_with(source)
+            removed += 1
+            continue
         if node.op != "call_function" or not node.users or not _is_view(node):
             continue
         source = node.args[0]
         while _is_view(source):
             source = source.args[0]
-        if _equal_shapes(source, node) and not any(user.op == "output" for user in node.users):
+        if _equal_shapes(source, node) and not _is_returned(node):
             node.replace_all_uses_with(source)
             removed += 1
         elif source is not node.args[0] and node.target in (
@@ -44,6 +49,20 @@ def remove_needless(graph: fx.Graph) -> int:
             node.replace_input_with(node.args[0], source)
             removed += 1
     return removed
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _permuted_back(node: fx.Node) -> fx.Node | None:
+    """x, where a node is the transpose of the transpose of x."""
+    if node.target is not aten.permute.default or node.args[0].target is not aten.permute.default:
+        return None
+    inner, outer = node.args[0].args[1], node.args[1]
+    rank = len(inner)
+    back = [inner[dim % rank] % rank for dim in outer]
+    return node.args[0].args[0] if back == list(range(rank)) else None
 
 
 def _is_view(node: fx.Node) -> bool:

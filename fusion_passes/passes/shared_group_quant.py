@@ -12,15 +12,21 @@ from collections.abc import Iterator
 from torch import fx
 
 from fusion_passes import index_map, torch_internals
-from fusion_passes.canonical import common_subexpressions, meanings
+from fusion_passes.canonical import common_subexpressions, quantizations
 from fusion_passes.fusion import Fusion
 from fusion_passes.operations import module_path, shape_of
 from fusion_passes.reporting import Site
 
+_QUANTIZATIONS = (
+    quantizations.group_quant,
+    quantizations.tensor_quant,
+    quantizations.tensor_quant_static,
+)
+
 
 def _transform(graph: fx.Graph) -> Iterator[Site]:
     for merged, survivor in common_subexpressions.merge(graph):
-        if merged.target is meanings.group_quant:
+        if merged.target in _QUANTIZATIONS:
             numel = index_map.product(shape_of(survivor.args[0]))
             saved = 3 * numel  # the 16-bit input is read and the codes are written once less
             yield Site(

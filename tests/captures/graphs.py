@@ -15,6 +15,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 FOLDER = Path(__file__).parent
+# what a graph calls of a library that is not here: the schema of its version in the capture
+FOREIGN = {
+    "ao.blockwise_fp8_gemm.default": (
+        "blockwise_fp8_gemm(Tensor a, Tensor a_s, Tensor b, Tensor b_s, int block_size=128) -> Tensor"
+    )
+}
+_stand_in = torch.library.Library("ao", "FRAGMENT")
 _CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -68,6 +75,8 @@ def _function(target: str) -> Any:
 
         return operator.getitem
     namespace, packet, overload = target.split(".")
+    if target in FOREIGN and not hasattr(getattr(torch.ops, namespace), packet):
+        _stand_in.define(FOREIGN[target])
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,20 +99,54 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
     a_scale = torch.rand(*tokens, hidden // 128, device=device)
     b_scale = torch.rand(2, hidden // 128, device=device)
     tma = {"scale_layout": "column_major_tma"}
+    packed_scale = {**tma, "scale_format": "ue8m0_packed"}
+    int8 = {"dtype": torch.int8, "min_amax": 0.0, "min_scale": 1e-5, "scale_mode": "divide_input"}
+    given = torch.tensor([0.02], device=device)
+    even, odd = packed[..., ::2], packed[..., 1::2]
+    swiglu = (1.702, 7.0)
+    experts = bf16(2, math.prod(tokens), 2 * hidden, device=device)
+    counts = torch.full(experts.shape[:1], experts.shape[1], dtype=torch.int32, device=device)
     return [
         ("group_quant", (x, 128), {}),
         ("group_quant", (x, 64), {"scale_layout": "column_major", "min_amax": 0.0}),
         ("group_quant", (packed[..., hidden:], 128), tma),
+        ("group_quant", (x, 32), {**packed_scale, **int8}),
+        ("token_quant", (x,), {}),
+        ("token_quant", (packed[..., hidden:],), {**int8, "code_mode": "reciprocal_input"}),
+        ("tensor_quant", (x,), {}),
+        ("tensor_quant_static", (x, given), {"dtype": torch.int8}),
+        ("block_quant", (x.flatten(0, -2) if tokens else x.view(1, -1),), {}),
+        ("token_quant_asymmetric", (x,), {"min_scale": 1e-5}),
         ("silu_mul", (gate, up), {}),
         ("silu_mul_group_quant", (gate, up, 128), tma),
         ("silu_mul_group_quant", (gate, up, 64), {}),
+        ("silu_mul_token_quant", (gate, up), int8),
+        ("silu_mul_tensor_quant", (gate, up), {}),
+        ("silu_mul_tensor_quant_static", (gate, up, given), {}),
+        ("silu_mul_group_quant_masked", (experts, counts, 64), {}),
+        ("gelu_tanh_mul", (gate, up), {}),
+        ("gelu_tanh_mul_group_quant", (gate, up, 32), {"scale_format": "ue8m0"}),
+        ("gelu_tanh_mul_token_quant", (gate, up), {}),
+        ("gelu_tanh_mul_tensor_quant", (gate, up), {}),
+        ("gelu_tanh_mul_tensor_quant_static", (gate, up, given), {}),
+        ("clamped_swiglu", (even, odd, *swiglu), {}),
+        ("clamped_swiglu_group_quant", (even, odd, *swiglu, 128), packed_scale),
+        ("clamped_swiglu_token_quant", (even, odd, *swiglu), {}),
+        ("clamped_swiglu_tensor_quant", (even, odd, *swiglu), {}),
+        ("clamped_swiglu_tensor_quant_static", (even, odd, *swiglu, given), {}),
         ("rms_norm", (x, w, 1e-6), {}),
         ("rms_norm", (x, w.float(), 1e-6), {"weight_mode": "float32_plus_one"}),
         ("add_rms_norm", (x, r, w, 1e-6), {}),
         ("add_rms_norm", (x, r, w.float(), 1e-6), {"weight_mode": "float32"}),
         ("rms_norm_group_quant", (x, w, 1e-6, 128), tma),
+        ("rms_norm_token_quant", (x, w, 1e-6), int8),
+        ("rms_norm_tensor_quant", (x, w, 1e-6), {}),
+        ("rms_norm_tensor_quant_static", (x, w, 1e-6, given), {}),
         ("add_rms_norm_group_quant", (x, r, w, 1e-6, 128), {}),
         ("add_rms_norm_group_quant", (gate, up, w, 1e-6, 64), {"scale_layout": "column_major"}),
+        ("add_rms_norm_token_quant", (x, r, w, 1e-6), {}),
+        ("add_rms_norm_tensor_quant", (x, r, w, 1e-6), {}),
+        ("add_rms_norm_tensor_quant_static", (x, r, w, 1e-6, given), {}),
         ("block_scaled_mm", (a, a_scale, b, b_scale), {}),
         ("block_scaled_mm", (a, a_scale, b, b_scale), {"out_dtype": torch.float32}),
     ]

@@ -9,16 +9,17 @@ import custom_ops
 from custom_ops import library, platform
 from custom_ops.gemm import deep_gemm, preferred_scale_layout
 from tests.custom_ops.helpers import DEVICE, bf16, fake_mode, fp8
+from tests.custom_ops.schemes import PAIRS, PRODUCERS, SCHEMES
 
 NAMES = {
-    "group_quant",
-    "silu_mul",
-    "silu_mul_group_quant",
-    "rms_norm",
-    "add_rms_norm",
-    "rms_norm_group_quant",
-    "add_rms_norm_group_quant",
     "block_scaled_mm",
+    "scaled_mm",
+    "block_quant",
+    "silu_mul_group_quant_masked",
+    "token_quant_asymmetric",
+    *SCHEMES,
+    *PRODUCERS,
+    *(f"{producer}_{scheme}" for producer, scheme in PAIRS),
 }
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a GPU")
 
@@ -108,8 +109,8 @@ def test_unknown_names_are_errors_that_name_the_nearest(monkeypatch):
 
 
 def test_explain_raises_what_the_op_raises():
-    with pytest.raises(ValueError, match="group_size is 32; accepted: 64, 128"):
-        custom_ops.explain(custom_ops.group_quant, bf16(1, 128), 32)
+    with pytest.raises(ValueError, match="group_size is 16; accepted: 32, 64, 128"):
+        custom_ops.explain(custom_ops.group_quant, bf16(1, 128), 16)
 
 
 def test_choice_on_fake_cuda_tensors():

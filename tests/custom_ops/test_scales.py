@@ -84,12 +84,46 @@ def test_quant_spec():
     assert (scale.shape, scale.stride()) == ((5, 3), (1, 5))
 
 
+def test_quant_specs_of_other_shapes():
+    int8 = torch.int8
+    assert QuantSpec(int8, (1, None)).scale_shape((3, 5, 7)) == (3, 5, 1)
+    assert QuantSpec(int8, (None, None)).scale_shape((3, 5, 7)) == (1,)
+    assert QuantSpec(int8).max == 127.0
+    packed = QuantSpec(int8, (1, 32), "ue8m0_packed", "column_major_tma")
+    codes, scale = packed.empty((5, 192), "cpu")
+    assert (codes.dtype, codes.shape) == (int8, (5, 192))
+    assert (scale.dtype, scale.shape, scale.stride()) == (torch.int32, (5, 2), (1, 8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"group_shape": (1, None), "scale_format": "ue8m0_packed"},
+            "scale_format is ue8m0_packed; accepted: float32, ue8m0",
+        ),
+        (
+            {"group_shape": (None, None), "scale_layout": "column_major"},
+            "scale_layout is column_major; accepted: row_major",
+        ),
+        ({"scale_format": "ue8m0_packed"}, "scale_layout is row_major; accepted: column_major_tma"),
+    ],
+)
+def test_quant_spec_refuses_combinations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpec(**fields)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
-        ("dtype", torch.float8_e5m2, "torch.float8_e4m3fn"),
-        ("group_shape", (1, 32), "(1, 64), (1, 128), (128, 128)"),
-        ("scale_format", "ue8m0", "float32"),
+        ("dtype", torch.float8_e5m2, "torch.float8_e4m3fn, torch.int8"),
+        (
+            "group_shape",
+            (1, 16),
+            "(1, 32), (1, 64), (1, 128), (1, None), (None, None), (128, 128)",
+        ),
+        ("scale_format", "e8m0", "float32, ue8m0, ue8m0_packed"),
         ("scale_layout", "tma", "row_major, column_major, column_major_tma"),
     ],
 )

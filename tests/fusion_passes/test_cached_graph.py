@@ -7,12 +7,11 @@ import torch
 
 import custom_ops
 from custom_ops.library import Op
-from fusion_passes import backend, settings
+from fusion_passes import backend
 from fusion_passes.compiled_pattern import CompiledPattern
 from fusion_passes.fusion import Pattern, Scalar, Tensor
 from fusion_passes.manager import FusionPass
 from fusion_passes.reporting import Report, Site
-from fusion_passes.testing import fuse
 
 
 @pytest.fixture
@@ -56,12 +55,6 @@ def test_the_interpreter_of_triton_is_in_the_key(monkeypatch: pytest.MonkeyPatch
     interpreted = FusionPass().uuid()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert FusionPass().uuid() != interpreted
-
-
-def test_a_warm_up_that_is_asked_for_is_not_passed_over_in_silence() -> None:
-    with settings.patch(warmup="full"):
-        result = fuse(lambda x: x + 1, torch.zeros(2))
-    assert any("warmup=full has no effect" in note for note in result.report.notes)
 
 
 @pytest.mark.parametrize("kind", ["sizes", "scalars"])

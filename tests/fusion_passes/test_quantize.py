@@ -13,7 +13,10 @@ from torch import nn
 
 import fusion_passes
 from fusion_passes.quantize import (
+    SCHEMES,
     Fp8BlockLinear,
+    Fp8TokenLinear,
+    Int8TokenLinear,
     dequantize_weight,
     load_fp8_block_,
     quantize_,
@@ -223,7 +226,11 @@ def test_a_model_without_data_yet():
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
-        (Model, {"scheme": "fp8"}, ["scheme", "'fp8'", "'fp8_block'"]),
+        (
+            Model,
+            {"scheme": "fp8"},
+            ["scheme", "'fp8'", "accepted: 'fp8_block', 'fp8_token', 'int8_token'"],
+        ),
         (
             lambda: Model(dtype=torch.float32),
             {},
@@ -231,7 +238,12 @@ def test_a_model_without_data_yet():
         ),
         (lambda: nn.Sequential(nn.ReLU()), {}, ["no torch.nn.Linear"]),
         (Model, {"filter": lambda name, linear: False}, ["no torch.nn.Linear"]),
-        (lambda: nn.Linear(64, 64, dtype=torch.bfloat16), {}, ["Linear"]),
+        (lambda: nn.Linear(64, 64, dtype=torch.bfloat16), {}, ["Fp8BlockLinear.from_linear"]),
+        (
+            lambda: nn.Linear(64, 64, dtype=torch.bfloat16),
+            {"scheme": "int8_token"},
+            ["Int8TokenLinear.from_linear"],
+        ),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(make, arguments, words):
@@ -243,6 +255,85 @@ def test_what_cannot_be_quantized_is_refused(make, arguments, words):
 
 def _escaped(text: str) -> str:
     return text.replace(".", r"\.")
+
+
+# --- a scale per token and per channel -------------------------------------------------------------------------
+
+token_linears = st.sampled_from((Fp8TokenLinear, Int8TokenLinear))
+
+
+@given(
+    linear=token_linears,
+    rows=features,
+    columns=features,
+    dtype=dtypes,
+    seed=st.integers(0, 9),
+    magnitude=st.sampled_from((1.0, 1e-4, 30.0)),
+)
+def test_each_row_of_a_weight_has_its_scale(linear, rows, columns, dtype, seed, magnitude):
+    weight = (random(rows, columns, dtype=torch.float32, seed=seed) * magnitude).to(dtype)
+    codes, scale = linear.quantize(weight)
+    end = 448.0 if linear is Fp8TokenLinear else 127.0
+    assert (codes.shape, codes.dtype) == (weight.shape, linear.code_dtype)
+    assert (scale.shape, scale.dtype) == ((rows, 1), torch.float32)
+    amax = weight.double().abs().amax(1, keepdim=True).clamp(min=1e-10)
+    assert torch.allclose(scale.double(), amax / end, rtol=2**-23, atol=0)
+    assert bool((codes.double().abs().amax(1) == end).all()) or float(amax.min()) <= 1e-10
+    half_step = codes.double().abs() * 2**-4 + 2**-10 if linear is Fp8TokenLinear else 0.5 + 2**-14
+    assert bool(((codes.double() - weight.double() / scale.double()).abs() <= half_step).all())
+
+
+@given(
+    linear=token_linears,
+    inputs=features,
+    outputs=features,
+    bias=st.booleans(),
+    dtype=dtypes,
+    lead=st.sampled_from(((), (1,), (3,), (2, 2), (0,))),
+)
+def test_the_forward_per_token_is_what_its_words_mean(linear, inputs, outputs, bias, dtype, lead):
+    plain = nn.Linear(inputs, outputs, bias, dtype=dtype).requires_grad_(False)
+    module, x = linear.from_linear(plain), random(*lead, inputs, dtype=dtype)
+    out = module(x)
+    assert (out.shape, out.dtype) == ((*lead, outputs), dtype)
+    codes, scale = linear.quantize(x)
+    wide = codes.double() * scale.double()
+    weight = module.weight.double() * module.weight_scale.double()
+    exact = wide @ weight.T + (plain.bias.double() if bias else 0)
+    step, magnitude = torch.finfo(dtype).eps, wide.abs() @ weight.T.abs()
+    assert bool(
+        ((out.double() - exact).abs() <= 3 * step * magnitude + 2 * step * exact.abs() + 1e-6).all()
+    )
+
+
+@given(
+    linear=token_linears,
+    inputs=st.sampled_from((96, 200, 256)),
+    outputs=st.sampled_from((64, 200)),
+    bias=st.booleans(),
+    dtype=dtypes,
+)
+def test_it_becomes_a_quantization_and_a_scaled_gemm(linear, inputs, outputs, bias, dtype):
+    module = linear.from_linear(nn.Linear(inputs, outputs, bias, dtype=dtype)).eval()
+    assert fuse_all(module, random(5, inputs, dtype=dtype)).report.matches == {
+        "scaled_linear": 1,
+        "token_quant": 1,
+    }
+
+
+@pytest.mark.parametrize(("scheme", "linear"), SCHEMES.items())
+def test_a_scheme_is_one_call(scheme, linear):
+    model = Model()
+    before = model(torch.arange(8)).detach().double()
+    quantize_(model, scheme)
+    assert [type(model.layers[0]), type(model.head)] == [linear, linear]
+    assert type(model.lm_head) is nn.Linear
+    error = (model(torch.arange(8)).detach().double() - before).norm() / before.norm()
+    assert 0 < float(error) < (0.03 if scheme == "int8_token" else 0.1)
+    assert "64 -> 64, " in repr(model)
+    again = quantize_(Model(), scheme)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(torch.arange(8)), model(torch.arange(8)))
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ def test_defaults():
         ("FUSION_PASSES_STRICT", "true", "strict", True),
         ("FUSION_PASSES_DUMP", "graphs", "dump", Path("graphs")),
         ("FUSION_PASSES_WARMUP", "relax", "warmup", "relax"),
+        ("FUSION_PASSES_WARMUP_MAX_NUM_TOKENS", "4096", "warmup_max_num_tokens", 4096),
+        ("FUSION_PASSES_WARMUP_TIMEOUT", "2.5", "warmup_timeout", 2.5),
+        ("FUSION_PASSES_WARMUP_STRICT", "1", "warmup_strict", True),
         ("FUSION_PASSES_RMS_NORM", "0", "toggles", {"rms_norm": False}),
     ],
 )
@@ -188,6 +191,8 @@ def test_a_bad_patch_raises_where_it_is_made(monkeypatch):
         settings.patch(verfy=1),
     ):
         raise AssertionError("entered")
+    with pytest.raises(SettingsError, match="number"), settings.patch(warmup_max_num_tokens=0):
+        pass
     with pytest.raises(SettingsError, match="accepted: `skip`"), settings.patch(warmup="all"):
         raise AssertionError("entered")
     assert settings.current().warmup == "skip"

@@ -14,16 +14,17 @@ pytest.importorskip("transformers", reason="needs the extra 'models'")
 
 LAYERS = 4
 MODELS = ("llama", "qwen3", "gemma3_text")
-# gemma's activation is GELU; its norms after attention and MLP, and the q/k norms of both, fuse with nothing
+# gemma's norms after attention and MLP, and the q/k norms of both, fuse with nothing
 BF16 = {
     "llama": {"add_rms_norm": 8, "rms_norm": 1, "silu_mul": 4},
     "qwen3": {"add_rms_norm": 8, "rms_norm": 9, "silu_mul": 4},
-    "gemma3_text": {"add_rms_norm": 8, "rms_norm": 9},
+    "gemma3_text": {"add_rms_norm": 8, "rms_norm": 9, "gelu_tanh_mul": 4},
 }
 FP8 = {
     "llama": fp8_matches(LAYERS),
     "qwen3": fp8_matches(LAYERS) | {"rms_norm": 8},
-    "gemma3_text": fp8_matches(LAYERS, silu_mul_group_quant=0, group_quant=2) | {"rms_norm": 8},
+    "gemma3_text": fp8_matches(LAYERS, silu_mul_group_quant=0, gelu_tanh_mul_group_quant=1)
+    | {"rms_norm": 8},
 }
 EXPECTED = {"bf16": BF16, "fp8_block": FP8}
 
@@ -108,7 +109,7 @@ def test_dynamic_shapes_take_no_more_graphs_than_stock(kind: str) -> None:
         ("qwen2", fp8_matches(2)),  # biases on q/k/v
         ("granite", fp8_matches(2)),
         ("smollm3", fp8_matches(2)),
-        ("gemma2", fp8_matches(2, silu_mul_group_quant=0, group_quant=2) | {"rms_norm": 4}),
+        ("gemma2", fp8_matches(2, silu_mul_group_quant=0, gelu_tanh_mul_group_quant=1) | {"rms_norm": 4}),
         ("phi3", fp8_matches(2, block_scaled_linear=4, shared_group_quant=0)),  # packed q/k/v and gate/up
         ("glm4", fp8_matches(2, block_scaled_linear=6, shared_group_quant=2) | {"rms_norm": 4}),
         (

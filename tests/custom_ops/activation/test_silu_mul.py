@@ -1,4 +1,4 @@
-"""silu_mul and silu_mul_group_quant: against float64, eager, the composition, and Triton."""
+"""silu_mul: against float64, eager, and Triton. What quantizes it is in test_fused.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from custom_ops.scales import SCALE_LAYOUTS
 from fusion_passes.testing.strategies import (
     activation_dtypes,
     activation_shapes,
@@ -24,9 +23,7 @@ from tests.custom_ops.helpers import (
 
 reference = implementation("silu_mul", "reference")
 triton = implementation("silu_mul", "triton")
-reference_quant = implementation("silu_mul_group_quant", "reference")
 triton_quant = implementation("silu_mul_group_quant", "triton")
-layouts = st.sampled_from(SCALE_LAYOUTS)
 
 
 @st.composite
@@ -60,22 +57,6 @@ def test_reference_is_eager(pair):
 @given(pairs())
 def test_triton_against_the_reference(pair):
     assert_few_flips(triton(*pair), reference(*pair), most=2)
-
-
-@given(pairs(multiple_of=128), st.sampled_from((64, 128)), layouts)
-def test_triton_quantizes_its_own_product_bit_for_bit(pair, group_size, layout):
-    fused = triton_quant(*pair, group_size, scale_layout=layout)
-    quantize = implementation("group_quant", "reference")
-    assert_same_bits(fused, quantize(triton(*pair), group_size, scale_layout=layout))
-
-
-@given(pairs(multiple_of=128), st.sampled_from((64, 128)), layouts)
-def test_reference_is_the_composition(pair, group_size, layout):
-    quantize = implementation("group_quant", "reference")
-    assert_same_bits(
-        reference_quant(*pair, group_size, scale_layout=layout),
-        quantize(reference(*pair), group_size, scale_layout=layout),
-    )
 
 
 def test_halves_of_a_packed_tensor():

@@ -1,4 +1,4 @@
-"""The RMSNorm family: against float64, the models' own spellings, the compositions, and Triton."""
+"""The RMSNorms: against float64, the models' own spellings, and Triton. What quantizes them: test_fused.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from custom_ops.scales import SCALE_LAYOUTS
 from fusion_passes.testing.strategies import (
     activation_dtypes,
     activation_shapes,
@@ -21,11 +20,9 @@ from tests.custom_ops.helpers import (
     assert_same_bits,
     bf16,
     implementation,
-    outputs,
 )
 
 MODES = ("rounded", "float32", "float32_plus_one")
-layouts = st.sampled_from(SCALE_LAYOUTS)
 epsilons = st.sampled_from((1e-6, 1e-5, 0.0, 1e-12, 0.1))
 
 
@@ -89,40 +86,6 @@ def test_triton_norms_against_the_reference(norm):
         assert_few_flips(actual, expected, most_steps(mode["weight_mode"]))
         if name == "add_rms_norm":
             assert_same_bits(actual[1], expected[1])
-
-
-@given(norms(multiple_of=128), st.sampled_from((64, 128)), layouts)
-def test_triton_quantizes_its_own_norm_bit_for_bit(norm, group_size, layout):
-    """The fused op is the norm, rounded, and then the quantization: nothing is skipped in between."""
-    x, residual, weight, eps, mode = norm
-    quantize = implementation("group_quant", "reference")
-    for name, args in (("rms_norm", (x,)), ("add_rms_norm", (x, residual))):
-        fused = outputs(
-            implementation(f"{name}_group_quant", "triton")(
-                *args, weight, eps, group_size, scale_layout=layout, **mode
-            )
-        )
-        normed, *rest = outputs(implementation(name, "triton")(*args, weight, eps, **mode))
-        expected = quantize(normed, group_size, scale_layout=layout)
-        if (
-            group_size == 128
-        ):  # the group size of the unquantized kernel: the sum has the same order
-            assert_same_bits(fused, (*expected, *rest))
-        else:
-            assert_few_flips(fused[:2], expected, fraction=1e-3, at_least=64)
-            assert_same_bits(fused[2:], rest)
-
-
-@given(norms(multiple_of=128), st.sampled_from((64, 128)), layouts)
-def test_reference_is_the_composition(norm, group_size, layout):
-    x, residual, weight, eps, mode = norm
-    quantize = implementation("group_quant", "reference")
-    for name, args in (("rms_norm", (x,)), ("add_rms_norm", (x, residual))):
-        normed, *rest = outputs(implementation(name, "reference")(*args, weight, eps, **mode))
-        fused = implementation(f"{name}_group_quant", "reference")(
-            *args, weight, eps, group_size, scale_layout=layout, **mode
-        )
-        assert_same_bits(fused, (*quantize(normed, group_size, scale_layout=layout), *rest))
 
 
 def test_the_norm_reads_the_rounded_sum():

@@ -1,0 +1,11 @@
+// RMSNorm with group quantization of its result.
+#include "normalization.cuh"
+
+namespace custom_ops {
+
+cudaError_t rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream) {
+  return dtype == Dtype::bfloat16 ? launch_norm<__nv_bfloat16>(args, RowToGroups<__nv_bfloat16>{out}, stream)
+                                  : launch_norm<__half>(args, RowToGroups<__half>{out}, stream);
+}
+
+}  // namespace custom_ops

@@ -1,0 +1,86 @@
+"""Counts JIT compilations that happen although a warm-up was done, and refuses them where they must not happen.
+
+An implementation asks here before it compiles: nothing is recorded until a warm-up has finished (`arm`).
+Then each compilation is an event, logged once per kernel; with `strict` it is an error before it starts. In a
+CUDA graph capture it is an error at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+log = logging.getLogger("custom_ops.jit")
+
+
+class JitError(RuntimeError):
+    """A kernel would have been compiled where that is not allowed."""
+
+
+@dataclass(frozen=True)
+class JitEvent:
+    """A compilation after warm-up: which op, for which sizes, which kernel, and when (seconds since 1970)."""
+
+    op: str
+    implementation: str
+    sizes: str
+    kernel: str
+    time: float
+
+
+_guard = threading.Lock()
+_events: list[JitEvent] = []
+_logged: set[str] = set()
+_armed = False
+_strict = False
+
+
+def arm(strict: bool = False) -> None:
+    """From now on compilations are events; with `strict`, errors."""
+    global _armed, _strict
+    _armed, _strict = True, strict
+
+
+def disarm() -> None:
+    """Compilations are what they were before a warm-up: expected. Forgets the events."""
+    global _armed, _strict
+    with _guard:
+        _armed = _strict = False
+        _events.clear()
+        _logged.clear()
+
+
+def armed() -> bool:
+    return _armed
+
+
+def events() -> tuple[JitEvent, ...]:
+    """The compilations since warm-up, oldest first."""
+    with _guard:
+        return tuple(_events)
+
+
+def compiling(op: str, implementation: str, sizes: str, kernel: str) -> None:
+    """An implementation is about to compile a kernel. Raises JitError if the warm-up is strict."""
+    if not _armed:
+        return
+    if _strict:
+        raise JitError(
+            f"{op}: {implementation} would compile {kernel} for {sizes}, which the warm-up did not cover "
+            "(FUSION_PASSES_WARMUP_STRICT); warm up for a range of tokens that holds these sizes"
+        )
+    record(op, implementation, sizes, kernel)
+
+
+def record(op: str, implementation: str, sizes: str, kernel: str) -> None:
+    """Count a compilation that happened, or is about to."""
+    if not _armed:
+        return
+    with _guard:
+        _events.append(JitEvent(op, implementation, sizes, kernel, time.time()))
+        known = f"{implementation} {kernel}" in _logged
+        _logged.add(f"{implementation} {kernel}")
+    if not known:
+        log.warning("%s: %s compiles %s for %s after warm-up", op, implementation, kernel, sizes)

@@ -1,0 +1,95 @@
+"""torchao's quantized linears: graphs captured on the GPU that it takes to build them, and live where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusion_passes
+from custom_ops.library import ops
+from fusion_passes import manager, settings
+from tests.captures import capture, graphs
+
+# one decoder layer: q/k/v and gate/up share one quantization each; o_proj reads attention, which nothing fuses with
+SHARED = {"shared_group_quant": 3, "add_rms_norm": 1}
+EXPECTED = {
+    "torchao_float8_per_row": {
+        "rms_norm_token_quant": 1,
+        "add_rms_norm_token_quant": 1,
+        "silu_mul_token_quant": 1,
+        "token_quant": 1,
+    },
+    "torchao_float8_per_tensor": {
+        "rms_norm_tensor_quant": 1,
+        "add_rms_norm_tensor_quant": 1,
+        "silu_mul_tensor_quant": 1,
+        "tensor_quant": 1,
+    },
+    "torchao_float8_per_block": {
+        "rms_norm_group_quant": 1,
+        "add_rms_norm_group_quant": 1,
+        "silu_mul_group_quant": 1,
+        "group_quant": 1,
+        "torchao_blockwise_linear": 7,
+    },
+}
+EXPECTED["torchao_int8"] = EXPECTED["torchao_float8_per_row"] | {"scaled_int_mm": 7}
+PER_TENSOR_AT_ONE_TOKEN = EXPECTED["torchao_float8_per_row"]
+
+
+@pytest.fixture
+def everything() -> object:
+    with settings.patch(fusions="all", allow_reference=True):
+        yield
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_captured_layer_is_fused(name: str, everything: object) -> None:
+    graph = graphs.load(name)
+    report = manager.run(graph, settings.current())
+    assert report.matches == EXPECTED[name] | SHARED
+    assert report.near_misses == []
+    assert not any("float8" in str(node.args) for node in graph.nodes), "a cast to float8 is left"
+
+
+def test_the_rounding_of_the_scale_is_that_of_torchao(everything: object) -> None:
+    """torchao rounds the scale of 16-bit values to 16 bits, and its int8 rounds every step."""
+    for name, wanted in {
+        "torchao_float8_per_row": {"scale_mode": "divide_input"},
+        "torchao_int8": {
+            "dtype": torch.int8,
+            "scale_mode": "divide_input",
+            "code_mode": "reciprocal_input",
+            "min_scale": 1e-5,
+        },
+    }.items():
+        graph = graphs.load(name)
+        manager.run(graph, settings.current())
+        overload = ops()["silu_mul_token_quant"].overload
+        (node,) = [node for node in graph.nodes if node.target is overload]
+        assert node.kwargs == {"min_amax": 0.0} | wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_live_layer(name: str, tokens: int) -> None:
+    pytest.importorskip("torchao", reason="needs torchao")
+    from fusion_passes.backend import fusion_passes as backend
+
+    model = capture.layer(capture.schemes()[name], "cuda").requires_grad_(False)
+    x = torch.randn(1, tokens, 512, dtype=torch.bfloat16, device="cuda")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, options={"fusions": "all"}, dynamic=False)
+    with torch.no_grad():
+        expected = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        actual = compiled(inputs_embeds=x, use_cache=False).last_hidden_state
+    report = fusion_passes.report()
+    wanted = EXPECTED[name]
+    if tokens == 1 and name == "torchao_float8_per_tensor":
+        wanted = PER_TENSOR_AT_ONE_TOKEN
+    assert report.matches.items() >= wanted.items(), report
+    chosen = {name for site in report.sites for name in site.implementations}
+    assert not any(name.endswith(":reference") for name in chosen), chosen
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    assert error < 0.05, f"hidden states differ by {error:.3%}"
