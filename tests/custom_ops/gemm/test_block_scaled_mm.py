@@ -255,9 +255,9 @@ def test_deep_gemm_in_a_cuda_graph():
     out.zero_()
     graph.replay()
     assert_same_bits(out, expected)
-    other = torch.zeros(264, 512, device="cuda").to(torch.float8_e4m3fn)
-    other_scale = torch.ones(3, 4, device="cuda")
-    not_run = pytest.raises(RuntimeError, match=r"M=33, N=264, K=512 yet .* before the capture")
+    other = torch.zeros(4096, 512, device="cuda").to(torch.float8_e4m3fn)  # wide: another tile
+    other_scale = torch.ones(32, 4, device="cuda")
+    not_run = pytest.raises(RuntimeError, match=r"M=33, N=4096, K=512 yet .* before the capture")
     with torch.cuda.graph(torch.cuda.CUDAGraph()), not_run:
         custom_ops.block_scaled_mm(a, a_scale, other, other_scale)
 
