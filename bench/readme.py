@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bench.results import ROOT, Row, Run, load_all, newest
@@ -88,7 +89,13 @@ def _device(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
             "of copy bandwidth",
             "TFLOP/s",
         )
-        parts.append(table(columns, [_kernel(row) for row in kernels]))
+        ahead = [row.ratios["of_inductor"] for row in kernels if "of_inductor" in row.ratios]
+        middle = f", {statistics.median(ahead):.2f} times stock in the median" if ahead else ""
+        parts += [
+            f"<details><summary>{len(kernels)} kernels{middle}</summary>",
+            table(columns, [_kernel(row) for row in kernels]),
+            "</details>",
+        ]
     if models:
         heads = ("model", "ours", "stock `torch.compile`", "ratio", "bfloat16, stock")
         parts.append(table(heads, [_model(row) for row in models]))

@@ -367,10 +367,10 @@ def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None
 
 @functools.cache
 def source_hash() -> str:
-    """Hash of every source file of this package, CUDA included: for caches of compiled graphs."""
+    """Hash of every source file of this package, CUDA and tables included: for caches of compiled graphs."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp"):
+        if path.suffix in (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".json"):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

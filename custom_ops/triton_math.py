@@ -15,11 +15,6 @@ from triton.language.extra import libdevice
 from custom_ops import platform
 
 INTERPRET = tl.constexpr(platform.triton_interpret())
-_E4M3_MAX = tl.constexpr(448.0)
-_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-# From this amax up, dividing by the reciprocal and correcting by the residual is exact: the scale and its
-# reciprocal are normal, and so is the residual of every quotient that does not round to code 0.
-_EXACT_AMAX = tl.constexpr(2.0**-60)
 _POW2_120 = tl.constexpr(2.0**120)
 
 
@@ -84,33 +79,3 @@ def decode_e4m3(codes):
     magnitude = bits & 0x7F
     value = ((magnitude << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * _POW2_120
     return tl.where(magnitude == 0x7F, float("nan"), value)
-
-
-@triton.jit
-def quantize_groups(v, min_amax, NATIVE_FP8: tl.constexpr):
-    """Quantize each row of a float32 tile [groups, group_size] as `custom_ops.scales` says.
-
-    Returns (scale float32 [groups], codes uint8 [groups, group_size]).
-    """
-    # Magnitudes compare as integers just as they do as floats, with NaN above all: max keeps it.
-    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(magnitude, axis=1)
-    lowest = tl.full(largest.shape, min_amax, tl.float32).to(tl.int32, bitcast=True)
-    amax = tl.maximum(largest, lowest).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, tl.full(amax.shape, _E4M3_MAX, tl.float32))
-    divisor = tl.broadcast_to(scale[:, None], v.shape)
-    if INTERPRET:
-        quotient = tl.div_rn(v, divisor)
-    else:
-        exact = (amax >= _EXACT_AMAX) & (amax <= _FLOAT32_MAX)
-        if tl.min(exact.to(tl.int32), axis=0) != 0:
-            one = tl.full(amax.shape, 1.0, tl.float32)
-            reciprocal = tl.broadcast_to(tl.div_rn(one, scale)[:, None], v.shape)
-            guess = v * reciprocal
-            # The residual with its sign turned twice, which keeps -0 as -0. By a product: tl's unary
-            # minus is 0 - v, which is +0 for both zeros.
-            residual = tl.fma(guess, divisor, v * -1.0)
-            quotient = tl.fma(residual, reciprocal * -1.0, guess)
-        else:
-            quotient = tl.div_rn(v, divisor)
-    return scale, encode_e4m3(quotient, NATIVE_FP8)

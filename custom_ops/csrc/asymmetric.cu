@@ -94,7 +94,7 @@ struct RowAsymmetric {
     Affine affine;
     affine.scale = scale_of<false, T>(extent, out.rule);
     affine.zero_point = clamp_code(-128.0f - round_any(__fdiv_rn(low, affine.scale)));
-    affine.quick = is_quick(extent, affine.scale, out.rule);
+    affine.quick = is_quick<false>(extent, affine.scale, out.rule);
     return affine;
   }
 

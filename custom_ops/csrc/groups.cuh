@@ -66,6 +66,26 @@ __device__ __forceinline__ void group_amax(const Vec<T, N> (&v)[R], int group_si
   }
 }
 
+// Is all that a launch may choose as usual? Groups of 128, whose scales stand one by one.
+inline bool is_usual(const Quantized& out) { return is_usual(out.rule) && out.group_size == 128 && !out.packed; }
+
+template <bool Usual>
+__device__ __forceinline__ Quantized known(const Quantized& given) {
+  Quantized out = given;
+  if (Usual) {
+    out.group_size = 128;
+    out.group_shift = 7;
+    out.packed = false;
+  }
+  return out;
+}
+
+// Calls launch(whether it is) with that as a type.
+template <typename Launch>
+cudaError_t with_usual(const Quantized& out, Launch launch) {
+  return is_usual(out) ? launch(std::true_type{}) : launch(std::false_type{});
+}
+
 // Where a lane stores its codes of one row, and the scale of its group if it is the group's first lane.
 struct QuantizedAt {
   uint8_t* codes;

@@ -57,10 +57,11 @@ __device__ __forceinline__ float chunk_sums(const float (&s)[V], int threads) {
 }
 
 // The sum of a row from those of its chunks, in every lane of a warp.
-__device__ __forceinline__ float sum_of_chunks(const float* chunks, int64_t count) {
+__device__ __forceinline__ float sum_of_chunks(const float* chunks, int count) {
   const int lane = threadIdx.x % kWarp;
   float v = lane < count ? chunks[lane] : 0.0f;
-  for (int64_t c = lane + kWarp; c < count; c += kWarp) v += chunks[c];
+#pragma unroll 1
+  for (int c = lane + kWarp; c < count; c += kWarp) v += chunks[c];
 #pragma unroll
   for (int o = kWarp / 2; o > 0; o /= 2) v = shuffle_sum(v, o);
   return v;
@@ -224,7 +225,8 @@ struct Norm {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (kLateWeight) w[i] = weight(part, i);
-      h[i] = normalize<T, Float32>(h[i], rstd, w[i]);
+      // Zeros beyond the row stay zeros, also by an rstd of Inf or NaN: a sink may take the maximum of all.
+      h[i] = normalize<T, Float32>(h[i], part.in_row(i) ? rstd : 0.0f, w[i]);
     }
   }
 
@@ -248,7 +250,7 @@ struct Norm {
       if (threadIdx.x % kWarp == 0) long_chunks[vec / kWarp] = sum;
     }
     __syncthreads();
-    return reciprocal_rms(sum_of_chunks(long_chunks, row.padded_vecs() / kWarp), cols, args.eps);
+    return reciprocal_rms(sum_of_chunks(long_chunks, static_cast<int>(row.padded_vecs() / kWarp)), cols, args.eps);
   }
 
   __device__ __forceinline__ Vec<T> value(const LongRow& row, float rstd, int64_t col) const {
@@ -257,7 +259,7 @@ struct Norm {
     const T* const from = Add ? static_cast<const T*>(args.residual_out) + row.row * row.cols + col
                               : row_of<T>(args.x, row.row) + col * args.x.col_stride;
     const Vec<T> h = load_any(from, count, row.aligned, Add ? 1 : args.x.col_stride);
-    return normalize<T, Float32>(h, rstd, load_weight_scalar<T, Float32>(args.weight, col, count));
+    return only_first(normalize<T, Float32>(h, rstd, load_weight_scalar<T, Float32>(args.weight, col, count)), count);
   }
 
  private:

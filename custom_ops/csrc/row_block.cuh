@@ -114,7 +114,8 @@ struct RowStore {
   }
 };
 
-template <typename T>
+// Usual: see is_usual.
+template <typename T, bool Usual>
 struct RowToGroups {
   Quantized out;
 
@@ -128,11 +129,25 @@ struct RowToGroups {
     float amax[V];
     float scale[V];
     uint2 codes[V];
-    group_amax(v, out.group_size, out.rule.min_amax, amax);
-    codes_of(v, amax, out.rule, codes, scale);
+    const Quantized to = known<Usual>(out);
+    group_amax(v, to.group_size, to.rule.min_amax, amax);
+    codes_of<Usual>(v, amax, out.rule, codes, scale);
+    if constexpr (Usual) {
+      // Whole warps wherever there is more than one vector: the steps between them are the same number of groups.
+      QuantizedAt at = quantized_at(to, part.row, part.col(0), part.cols);
+      const uint32_t step = blockDim.x * kVec;
+      const int64_t scale_step = (step >> to.group_shift) * to.group_stride;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (part.has(i)) put_one(part.row, part.col(i), part.cols, codes[i], scale[i]);
+      for (int i = 0; i < V; ++i) {
+        if (!part.has(i)) break;
+        store(reinterpret_cast<uint2*>(at.codes + i * step), codes[i]);
+        if (at.scale != nullptr) store(at.scale + i * scale_step, scale[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if (part.has(i)) put_one(part.row, part.col(i), part.cols, codes[i], scale[i]);
+      }
     }
   }
 
@@ -145,7 +160,7 @@ struct RowToGroups {
       float scale[1];
       uint2 codes[1];
       group_amax(one, out.group_size, out.rule.min_amax, amax);
-      codes_of(one, amax, out.rule, codes, scale);
+      codes_of<false>(one, amax, out.rule, codes, scale);
       if (vec < row.vecs()) put_one(row.row, vec * kVec, row.cols, codes[0], scale[0]);
     }
   }

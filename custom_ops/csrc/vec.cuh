@@ -97,6 +97,16 @@ __device__ __forceinline__ void store_scalar(T* p, const Vec<T, N>& v, int64_t c
   }
 }
 
+// Zero from element `count` on.
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> only_first(Vec<T, N> v, int64_t count) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= count) reinterpret_cast<T*>(&v)[i] = T(0.0f);
+  }
+  return v;
+}
+
 // max |v| over the vector, in the two halves of a pair. NaN propagates.
 template <typename T, int N>
 __device__ __forceinline__ typename Packed<T>::type abs_max(const Vec<T, N>& v) {
