@@ -106,6 +106,20 @@ def size_hint(expr: Any, graph: fx.Graph) -> int | None:
     return int(value) if value.is_number else None
 
 
+def size_bounds(size: Any, graph: fx.Graph) -> tuple[int, int | None]:
+    """The least and the largest value that the graph's guards leave to a size; None where there is no largest."""
+    if isinstance(size, int):
+        return size, size
+    shape_env = fake_mode_of(graph).shape_env
+    if shape_env is None:
+        return 0, None
+    found = shape_env.bound_sympy(size)
+    low, high = (  # no integer where it is unbounded
+        int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper)
+    )
+    return max(0, low or 0), high
+
+
 def tidy(graph: fx.Graph) -> None:
     """Bring the nodes into an order in which each follows its inputs, and erase what nothing uses."""
     from torch._inductor.pattern_matcher import stable_topological_sort

@@ -215,7 +215,7 @@ def problem_of(
     bound, keywords = op._bind(fake_args, fake_kwargs)
     rows = math.prod(torch_internals.size_to_expr(size) for size in bound[0].shape[:-1])
     arguments = tuple(_argument(value) for value in (*bound, *keywords.values()))
-    return Problem(op.name, implementation, arguments, _bounds(rows, graph), not _is_int(rows))
+    return Problem(op.name, implementation, arguments, torch_internals.size_bounds(rows, graph), not _is_int(rows))
 
 
 def _argument(value: Any) -> Any:
@@ -234,20 +234,6 @@ def _argument(value: Any) -> Any:
 
 def _is_int(size: Any) -> bool:
     return isinstance(size, int)
-
-
-def _bounds(rows: Any, graph: fx.Graph) -> tuple[int, int | None]:
-    """What the graph's guards say of a number of rows."""
-    if _is_int(rows):
-        return rows, rows
-    shape_env = torch_internals.fake_mode_of(graph).shape_env
-    if shape_env is None:
-        return 0, None
-    found = shape_env.bound_sympy(rows)
-    low, high = (  # no integer where it is unbounded
-        int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper)
-    )
-    return max(0, low or 0), high
 
 
 def _plan(reports: Sequence[Report], low: int, high: int, mode: str) -> WarmupPlan:
