@@ -43,6 +43,8 @@ __device__ __forceinline__ float clamp_code(float v) { return fminf(fmaxf(v, -12
 
 template <typename T>
 struct RowAsymmetric {
+  static constexpr Pass kPass = Pass::only;
+
   Quantized out;
   int8_t* zero_points;
 

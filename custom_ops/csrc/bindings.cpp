@@ -61,8 +61,8 @@ void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOpt
     check_launch(op, launch(raw));
   } else {
     TensorQuantized raw{};
-    Tensor amax;
-    out = empty_tensor(x, options, rule, amax, raw);
+    Tensor maxima;
+    out = empty_tensor(x, options, rule, maxima, raw);
     check_launch(op, launch(raw));
   }
   put(stack[0], out.codes);

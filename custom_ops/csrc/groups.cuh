@@ -80,12 +80,6 @@ __device__ __forceinline__ Quantized known(const Quantized& given) {
   return out;
 }
 
-// Calls launch(whether it is) with that as a type.
-template <typename Launch>
-cudaError_t with_usual(const Quantized& out, Launch launch) {
-  return is_usual(out) ? launch(std::true_type{}) : launch(std::false_type{});
-}
-
 // Where a lane stores its codes of one row, and the scale of its group if it is the group's first lane.
 struct QuantizedAt {
   uint8_t* codes;

@@ -76,13 +76,14 @@ struct Quantized {
   QuantRule rule;
 };
 
-// Codes (contiguous) of a tensor with one scale. It is either given, or comes of `amax`, a place on the device for the
-// largest magnitude, and goes to `scale`.
+// Codes (contiguous) of a tensor with one scale. It is either given, or comes of `maxima`, a place on the device for
+// kMostMaxima magnitudes of which the largest counts, and goes to `scale`.
+constexpr int kMostMaxima = 1024;
 struct TensorQuantized {
   void* codes;
   const float* given;
   float* scale;
-  uint32_t* amax;
+  uint32_t* maxima;
   QuantRule rule;
 };
 
@@ -101,6 +102,10 @@ cudaError_t activation(Dtype dtype, const Source& source, void* out, int64_t row
 
 cudaError_t group_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                         cudaStream_t stream);
+
+// The same, of what is_usual in groups.cuh.
+cudaError_t usual_group_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
+                              cudaStream_t stream);
 
 cudaError_t token_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                         cudaStream_t stream);
@@ -146,6 +151,7 @@ struct NormArgs {
 
 cudaError_t rms_norm(Dtype dtype, const NormArgs& args, void* out, cudaStream_t stream);
 cudaError_t rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
+cudaError_t usual_rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t rms_norm_token_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t rms_norm_tensor_quant(Dtype dtype, const NormArgs& args, const TensorQuantized& out, cudaStream_t stream);
 

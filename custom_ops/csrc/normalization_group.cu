@@ -3,19 +3,10 @@
 
 namespace custom_ops {
 
-namespace {
-
-template <typename T>
-cudaError_t launch(const NormArgs& args, const Quantized& out, cudaStream_t stream) {
-  return with_usual(out, [&](auto usual) {
-    return launch_norm<T>(args, RowToGroups<T, decltype(usual)::value>{out}, stream);
-  });
-}
-
-}  // namespace
-
 cudaError_t rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream) {
-  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16>(args, out, stream) : launch<__half>(args, out, stream);
+  if (is_usual(out)) return usual_rms_norm_group_quant(dtype, args, out, stream);
+  return dtype == Dtype::bfloat16 ? launch_norm<__nv_bfloat16>(args, RowToGroups<__nv_bfloat16, false>{out}, stream)
+                                  : launch_norm<__half>(args, RowToGroups<__half, false>{out}, stream);
 }
 
 }  // namespace custom_ops

@@ -323,8 +323,8 @@ inline QuantOut empty_tokens(const Rows& x, const QuantOptions& options, const Q
   return out;
 }
 
-// amax: where a scratch cell is kept, until the kernels that use it are enqueued.
-inline QuantOut empty_tensor(const Rows& x, const QuantOptions& options, const QuantRule& rule, Tensor& amax,
+// maxima: where the scratch is kept, until the kernels that use it are enqueued.
+inline QuantOut empty_tensor(const Rows& x, const QuantOptions& options, const QuantRule& rule, Tensor& maxima,
                              TensorQuantized& raw) {
   raw.rule = rule;
   const int64_t one = 1;
@@ -335,9 +335,10 @@ inline QuantOut empty_tensor(const Rows& x, const QuantOptions& options, const Q
     raw.given = static_cast<const float*>(options.given.data());
   } else {
     out.scale = empty(&one, &one, 1, aoti_torch_dtype_float32(), device);
-    amax = empty(&one, &one, 1, aoti_torch_dtype_int32(), device);
+    const int64_t most = kMostMaxima;
+    maxima = empty(&most, &one, 1, aoti_torch_dtype_int32(), device);
     raw.scale = static_cast<float*>(out.scale.data());
-    raw.amax = static_cast<uint32_t*>(amax.data());
+    raw.maxima = static_cast<uint32_t*>(maxima.data());
   }
   return out;
 }

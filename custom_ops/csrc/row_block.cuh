@@ -6,6 +6,7 @@
 #pragma once
 
 #include "groups.cuh"
+#include "passes.cuh"
 
 namespace custom_ops {
 
@@ -94,6 +95,8 @@ __device__ __forceinline__ uint32_t row_max(uint32_t v) {
 
 template <typename T>
 struct RowStore {
+  static constexpr Pass kPass = Pass::only;
+
   T* out;
 
   template <int V>
@@ -117,6 +120,8 @@ struct RowStore {
 // Usual: see is_usual.
 template <typename T, bool Usual>
 struct RowToGroups {
+  static constexpr Pass kPass = Pass::only;
+
   Quantized out;
 
   struct Here {
@@ -176,6 +181,8 @@ struct RowToGroups {
 // One scale for the row.
 template <typename T>
 struct RowToToken {
+  static constexpr Pass kPass = Pass::only;
+
   Quantized out;
 
   template <int V>
@@ -216,7 +223,9 @@ struct RowToToken {
 template <typename T, int V, typename Maker, typename Sink>
 __global__ void __launch_bounds__(V == 4 ? kMaxThreadsOfFour : kMaxThreads, V == 4 && !Maker::kWide ? 2 : 1)
     row_kernel(const __grid_constant__ Maker maker, const __grid_constant__ Sink sink, int64_t rows, int64_t cols) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (Sink::kPass == Pass::first) let_second_begin();
+  if (Sink::kPass == Pass::second) wait_for_first();
+  const int64_t row = static_cast<int64_t>(block_of<Sink::kPass>()) * blockDim.y + threadIdx.y;
   const RowPart part{row, cols, row < rows, static_cast<int>(cols / kVec)};
   Vec<T> v[V];
   maker.fill(part, v);
@@ -227,7 +236,9 @@ template <typename T, typename Maker, typename Sink>
 __global__ void __launch_bounds__(kMaxLongThreads)
     long_row_kernel(const __grid_constant__ Maker maker, const __grid_constant__ Sink sink, int64_t cols,
                     bool aligned) {
-  const LongRow row{blockIdx.x, cols, aligned};
+  if (Sink::kPass == Pass::first) let_second_begin();
+  if (Sink::kPass == Pass::second) wait_for_first();
+  const LongRow row{block_of<Sink::kPass>(), cols, aligned};
   const auto state = maker.begin(row);
   sink.put_long(row, [&](int64_t col) { return maker.value(row, state, col); });
 }
@@ -249,8 +260,8 @@ cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, in
     const unsigned threads = vecs < kMaxLongThreads ? whole_warps(vecs) : kMaxLongThreads;
     const size_t shared = maker.shared_bytes(vecs);
     if (shared > 48 * 1024) return cudaErrorInvalidValue;  // what every launch may have
-    long_row_kernel<T><<<static_cast<unsigned>(rows), threads, shared, stream>>>(maker, sink, cols, aligned);
-    return cudaGetLastError();
+    return launch_kernel(long_row_kernel<T, Maker, Sink>, static_cast<unsigned>(rows), threads, shared, stream,
+                         begins_early(sink), maker, sink, cols, aligned);
   }
   int v = vecs > kMaxThreads ? 2 : 1;
   if (rows >= kManyRows && vecs >= 2 * kWarp) v = most == 4 && vecs >= 4 * kWarp ? 4 : vecs > kMaxThreads ? 4 : 2;
@@ -259,14 +270,12 @@ cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, in
   const unsigned rows_per_block = threads >= 128 ? 1 : 128 / threads;
   const dim3 grid(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block));
   const dim3 block(threads, rows_per_block);
-  if (v == 4) {
-    row_kernel<T, 4><<<grid, block, 0, stream>>>(maker, sink, rows, cols);
-  } else if (v == 2) {
-    row_kernel<T, 2><<<grid, block, 0, stream>>>(maker, sink, rows, cols);
-  } else {
-    row_kernel<T, 1><<<grid, block, 0, stream>>>(maker, sink, rows, cols);
-  }
-  return cudaGetLastError();
+  const auto launch = [&](auto kernel) {
+    return launch_kernel(kernel, grid, block, 0, stream, begins_early(sink), maker, sink, rows, cols);
+  };
+  if (v == 4) return launch(row_kernel<T, 4, Maker, Sink>);
+  if (v == 2) return launch(row_kernel<T, 2, Maker, Sink>);
+  return launch(row_kernel<T, 1, Maker, Sink>);
 }
 
 }  // namespace custom_ops

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "groups.cuh"
+#include "passes.cuh"
 #include "sources.cuh"
 
 namespace custom_ops {
@@ -93,17 +94,18 @@ struct Step {
 };
 
 template <int N, int R, bool Along>
-__device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows, int64_t cols) {
+__device__ __forceinline__ RowTile row_tile(const RowGrid& grid, uint32_t block_index, int64_t rows,
+                                            int64_t cols) {
   if constexpr (Along) {
-    const uint32_t row = divide(blockIdx.x, grid.col_blocks);
-    const uint32_t tile = blockIdx.x - row * grid.col_blocks.divisor;
+    const uint32_t row = divide(block_index, grid.col_blocks);
+    const uint32_t tile = block_index - row * grid.col_blocks.divisor;
     RowTile at;
     at.row = row;
     at.col = (static_cast<int64_t>(tile) * (R * kThreads) + threadIdx.x) * N;
     at.left = (cols - at.col + kThreads * N - 1) / (kThreads * N);
     return at;
   }
-  const uint32_t item = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;
+  const uint32_t item = block_index * static_cast<uint32_t>(kThreads) + threadIdx.x;
   const uint32_t lane = item & ((1u << grid.lane_bits) - 1);
   const uint32_t row = (item >> grid.lane_bits) & ((1u << grid.row_bits) - 1);
   const uint32_t block = item >> (grid.lane_bits + grid.row_bits);
@@ -121,6 +123,8 @@ __device__ __forceinline__ RowTile row_tile(const RowGrid& grid, int64_t rows, i
 // To memory, as they are.
 template <typename T>
 struct Store {
+  static constexpr Pass kPass = Pass::only;
+
   T* out;
 
   struct At {};
@@ -147,6 +151,8 @@ struct Store {
 // To codes and scales of groups. Usual: see is_usual.
 template <typename T, bool Usual>
 struct ToGroups {
+  static constexpr Pass kPass = Pass::only;
+
   Quantized out;
 
   using At = QuantizedAt;
@@ -184,14 +190,16 @@ __global__ void __launch_bounds__(kThreads)
     rows_kernel(const __grid_constant__ From from, const __grid_constant__ To to, int64_t rows, int64_t cols,
                 const __grid_constant__ RowGrid grid) {
   using S = Step<N, Along>;
-  const RowTile at = row_tile<N, R, Along>(grid, rows, cols);
+  const RowTile at = row_tile<N, R, Along>(grid, block_of<To::kPass>(), rows, cols);
   typename From::template Raw<N> raw[R];
+  typename To::At place;
+  if (!Aligned) place = to.prepare(at, cols);  // here scalars under way would need the registers
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     raw[i] = {};
     if (i < at.left) raw[i] = from.template load<N, Aligned>(at.row + i * S::kRows, at.col + i * S::kCols, cols);
   }
-  const typename To::At place = to.prepare(at, cols);
+  if (Aligned) place = to.prepare(at, cols);
   Vec<T, N> v[R];
   from.make(raw, v);
   to.template put<S, Aligned>(v, place, at, cols);
@@ -200,8 +208,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int N, int R, bool Aligned, bool Along = false, typename From, typename To>
 cudaError_t launch_rows(const From& from, const To& to, int64_t rows, int64_t cols, cudaStream_t stream) {
   const RowGrid grid = Along ? along_grid(rows, cols, N, R) : row_grid(rows, cols, N, R, to.scales());
-  rows_kernel<T, N, R, Aligned, Along><<<grid.blocks, kThreads, 0, stream>>>(from, to, rows, cols, grid);
-  return cudaGetLastError();
+  return launch_kernel(rows_kernel<T, N, R, Aligned, Along, From, To>, grid.blocks, kThreads, 0, stream,
+                       begins_early(to), from, to, rows, cols, grid);
 }
 
 // Which shape of thread is fastest for quantizing, measured on an H100; the values do not depend on it. Few elements:
