@@ -200,6 +200,7 @@ def phase_sweep() -> dict[str, Any]:
         ],
         "median": statistics.median(first.values()),
         "worst_over_repeat": max(first[m] / again[m] for m in again),
+        "graphs_compiled_since": len(fusion_passes.reports()) - len(graphs_from_cache),
         "events": [dataclasses.asdict(event) for event in fusion_passes.jit_events()],
         "new_folders": sorted(_listing() - before),
     }

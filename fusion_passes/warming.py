@@ -215,7 +215,13 @@ def problem_of(
     bound, keywords = op._bind(fake_args, fake_kwargs)
     rows = math.prod(torch_internals.size_to_expr(size) for size in bound[0].shape[:-1])
     arguments = tuple(_argument(value) for value in (*bound, *keywords.values()))
-    return Problem(op.name, implementation, arguments, torch_internals.size_bounds(rows, graph), not _is_int(rows))
+    return Problem(
+        op.name,
+        implementation,
+        arguments,
+        torch_internals.size_bounds(rows, graph),
+        not _is_int(rows),
+    )
 
 
 def _argument(value: Any) -> Any:
