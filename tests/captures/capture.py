@@ -15,26 +15,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bench.suites import torchao
 from tests.captures import graphs
 
 
 def schemes() -> dict[str, Callable[[], Any]]:
     """Constructors of the torchao configurations, by the name of the capture."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig as Float8,
-    )
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig as Int8
-    from torchao.quantization import PerRow, PerTensor
-    from torchao.quantization.granularity import PerBlock
-
-    return {
-        "torchao_float8_per_tensor": lambda: Float8(granularity=PerTensor()),
-        "torchao_float8_per_row": lambda: Float8(granularity=PerRow()),
-        "torchao_float8_per_block": lambda: Float8(
-            granularity=[PerBlock([1, 128]), PerBlock([128, 128])]
-        ),
-        "torchao_int8": lambda: Int8(),
-    }
+    return {f"torchao_{name}": make for name, make in torchao.schemes().items()}
 
 
 def layer(scheme: Callable[[], Any], device: str, **sizes: int) -> nn.Module:
