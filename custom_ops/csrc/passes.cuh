@@ -41,6 +41,20 @@ inline cudaError_t can_begin_early(bool& can) {
   return error;
 }
 
+// How many blocks of so many threads the current device holds at once, if threads are all that they need.
+inline cudaError_t resident_blocks(int threads, unsigned& blocks) {
+  int device;
+  int processors;
+  int most;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  blocks = static_cast<unsigned>(processors) * static_cast<unsigned>(most / threads);
+  return error;
+}
+
 // early: before the first pass, which must be what is ahead in the stream, has ended. The kernel waits for it itself.
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,

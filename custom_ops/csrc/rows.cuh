@@ -185,30 +185,40 @@ struct ToGroups {
   }
 };
 
+// A second pass has fewer blocks than tiles: a block asks the first pass for its result once, and then goes on.
 template <typename T, int N, int R, bool Aligned, bool Along, typename From, typename To>
 __global__ void __launch_bounds__(kThreads)
     rows_kernel(const __grid_constant__ From from, const __grid_constant__ To to, int64_t rows, int64_t cols,
                 const __grid_constant__ RowGrid grid) {
   using S = Step<N, Along>;
-  const RowTile at = row_tile<N, R, Along>(grid, block_of<To::kPass>(), rows, cols);
-  typename From::template Raw<N> raw[R];
+  constexpr bool kSecond = To::kPass == Pass::second;
   typename To::At place;
-  if (!Aligned) place = to.prepare(at, cols);  // here scalars under way would need the registers
+  uint32_t block = blockIdx.x;
+#pragma unroll 1
+  do {
+    const RowTile at = row_tile<N, R, Along>(grid, kSecond ? grid.blocks - 1 - block : block, rows, cols);
+    const bool ask = !kSecond || block == blockIdx.x;
+    typename From::template Raw<N> raw[R];
+    if (!Aligned && ask) place = to.prepare(at, cols);  // here scalars under way would need the registers
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
-    raw[i] = {};
-    if (i < at.left) raw[i] = from.template load<N, Aligned>(at.row + i * S::kRows, at.col + i * S::kCols, cols);
-  }
-  if (Aligned) place = to.prepare(at, cols);
-  Vec<T, N> v[R];
-  from.make(raw, v);
-  to.template put<S, Aligned>(v, place, at, cols);
+    for (int i = 0; i < R; ++i) {
+      raw[i] = {};
+      if (i < at.left) raw[i] = from.template load<N, Aligned>(at.row + i * S::kRows, at.col + i * S::kCols, cols);
+    }
+    if (Aligned && ask) place = to.prepare(at, cols);
+    Vec<T, N> v[R];
+    from.make(raw, v);
+    to.template put<S, Aligned>(v, place, at, cols);
+    block += gridDim.x;
+  } while (kSecond && block < grid.blocks);
 }
 
 template <typename T, int N, int R, bool Aligned, bool Along = false, typename From, typename To>
 cudaError_t launch_rows(const From& from, const To& to, int64_t rows, int64_t cols, cudaStream_t stream) {
   const RowGrid grid = Along ? along_grid(rows, cols, N, R) : row_grid(rows, cols, N, R, to.scales());
-  return launch_kernel(rows_kernel<T, N, R, Aligned, Along, From, To>, grid.blocks, kThreads, 0, stream,
+  unsigned blocks = grid.blocks;
+  if constexpr (To::kPass == Pass::second) blocks = to.blocks_of(blocks);
+  return launch_kernel(rows_kernel<T, N, R, Aligned, Along, From, To>, blocks, kThreads, 0, stream,
                        begins_early(to), from, to, rows, cols, grid);
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -29,7 +30,7 @@ def load() -> dict[int, dict[str, Any]]:
     """Every shipped table by its SM version (90 for `sm_90`)."""
     tables = {}
     for entry in resources.files(__name__).iterdir():
-        if entry.name.endswith(".json"):
+        if re.fullmatch(r"sm_\d+\.json", entry.name):
             table = json.loads(entry.read_text())
             tables[int(table["arch"].removeprefix("sm_"))] = table
     return tables
