@@ -1,4 +1,4 @@
-"""`python -m bench run | show | plot | compare | tune | warmup | readme`."""
+"""`python -m bench run | show | plot | compare | tune | moe | warmup | readme`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def run(
         bool, typer.Option(help="also max-autotune, which compiles for long")
     ] = True,
     cold: Annotated[bool, typer.Option(help="also with a cold L2")] = True,
+    stock: Annotated[bool, typer.Option(help="also stock torch.compile")] = True,
     fusions: Annotated[str, typer.Option(help="the plugin's fusions for whole models")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
     tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
@@ -46,7 +47,7 @@ def run(
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timer = timer_for(where)
-    plan = Plan(where, max_autotune, cold, fusions)
+    plan = Plan(where, max_autotune, cold, fusions, stock)
     known = suites()
     for name in suite or known:
         if name not in known:
@@ -110,12 +111,71 @@ def plot(folder: Folder = FOLDER, out: Annotated[Path, typer.Option()] = FOLDER 
 
 
 @app.command()
-def tune(folder: Folder = FOLDER, out: Annotated[Path | None, typer.Option()] = None) -> None:
-    """Distil the results into the tables that ship with fusion_passes: which fusions are on by default."""
-    from bench.tuning import TABLES, write
+def tune(
+    folder: Folder = FOLDER,
+    out: Annotated[Path | None, typer.Option()] = None,
+    family: Annotated[str, typer.Option(help="only this family's tables: moe")] = "",
+) -> None:
+    """Distil the results into the tables that ship: which fusions are on by default, what is fastest where."""
+    from bench.tuning import FAMILIES, TABLES, write
 
-    for path in write(results.load_all(folder), out or TABLES):
+    if family and family not in FAMILIES:
+        raise typer.BadParameter(
+            f"no family {family!r}; accepted: {', '.join(FAMILIES)}", param_hint="--family"
+        )
+    for path in write(results.load_all(folder), out or TABLES, family):
         console.print(path)
+
+
+@app.command()
+def moe(
+    model: Annotated[list[str] | None, typer.Option(help="only these blocks")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="only these: bf16, fp8_block")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="only these token counts")] = None,
+    experts: Annotated[str, typer.Option(help="by these experts, not by what is chosen")] = "",
+    profile: Annotated[bool, typer.Option(help="time each part; draw PNGs")] = True,
+    kernels: Annotated[bool, typer.Option(help="list the kernels (needs a GPU)")] = False,
+    memory: Annotated[bool, typer.Option(help="peak memory by chunk (needs a GPU)")] = False,
+    out: Annotated[Path, typer.Option(help="folder for the JSON file and plots")] = FOLDER,
+    device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
+    tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
+    commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
+) -> None:
+    """Where the time of mixtures of experts goes: part by part, against the floor."""
+    import torch
+
+    from bench import moe as mixtures
+    from bench.suites.moe import TOKENS
+    from bench.timer import timer_for
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    timer = timer_for(where)
+    session = results.describe("moe_profile", where, timer.name, 0.0)
+    session.commit = commit or session.commit
+    blocks = [
+        (each, kind)
+        for each in mixtures.models(model, tiny)
+        for kind in each.dtypes
+        if not dtype or kind in dtype
+    ]
+    with torch.no_grad():
+        if profile:
+            counts = tokens or ((4,) if tiny else TOKENS)
+            rows = mixtures.add(
+                session,
+                (mixtures.profile(*b, n, where, timer, experts) for b in blocks for n in counts),
+                out,
+            )
+            console.print(mixtures.profile_table(rows))
+            for path in mixtures.draw(rows, session.device["name"], out / "plots"):
+                console.print(path)
+        if kernels:
+            for each, kind in blocks:
+                for count in tokens or TOKENS:
+                    console.print(mixtures.kernels(each, kind, count, where))
+        if memory:
+            peaks = (row for b in blocks for row in mixtures.memory(*b, where))
+            console.print(mixtures.memory_table(mixtures.add(session, peaks, out)))
 
 
 @app.command("compile-time")

@@ -34,6 +34,7 @@ class Case:
         default fusions.
     moved_bytes, flops: the least that the work can do, for fractions of bandwidth and for TFLOP/s.
     others: further baselines by name, each a function of the inputs that returns what to time.
+    launched: ways that are also timed launch by launch, without a CUDA graph, as `<way>_launched`.
     check: a sentence on how a result differs from what eager returned, or None.
     """
 
@@ -50,6 +51,7 @@ class Case:
     flops: int = 0
     others: Mapping[str, Callable[[Inputs], Thunk]] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
+    launched: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

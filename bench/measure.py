@@ -22,12 +22,16 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: `fusions` is the plugin's setting where a case decides about no fusion of its own."""
+    """What to run: `fusions` is the plugin's setting where a case decides about no fusion of its own.
+
+    stock: also stock `torch.compile`, which takes most of the time.
+    """
 
     device: torch.device
     max_autotune: bool = True
     cold: bool = True
     fusions: str = "default"
+    stock: bool = True
 
 
 def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
@@ -55,6 +59,8 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
                     if case.fusion and case.fusion not in row.fired:
                         raise AssertionError(f"the fusion {case.fusion} did not fire")
                 row.warm_us[name] = timer.warm(call)
+                if name in case.launched:
+                    row.warm_us[f"{name}_launched"] = timer.launched(call)
                 if plan.cold and (cold := timer.cold(call)) is not None:
                     row.cold_us[name] = cold
             except Exception as error:  # one way must not cost the others their device time
@@ -80,8 +86,9 @@ def _ways(case: Case, plan: Plan, inputs: Inputs) -> Iterator[tuple[str, Callabl
     # an op alone, with no fusion of its name, is no work for the plugin
     if case.fusion in _registry() or not case.op:
         yield PLUGIN, lambda: _compiled(case, inputs, **_plugin(case, plan))
-    yield INDUCTOR, lambda: _compiled(case, inputs)
-    if plan.max_autotune:
+    if plan.stock:
+        yield INDUCTOR, lambda: _compiled(case, inputs)
+    if plan.stock and plan.max_autotune:
         yield MAX_AUTOTUNE, lambda: _compiled(case, inputs, mode="max-autotune-no-cudagraphs")
     for name, other in case.others.items():
         yield name, functools.partial(other, inputs)

@@ -1,12 +1,14 @@
-"""Draws the newest rows of each device as PNGs: bandwidth, speed-up over tokens, latency of whole layers."""
+"""Draws the newest rows of each device as PNGs: bandwidth, speed-up over tokens, whole layers, the map of sizes."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import heat
 from bench.results import Row, Run, newest
 
 OURS, STOCK, OTHER = "#0b6e99", "#b8b8b8", "#d98c3f"
@@ -18,16 +20,77 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for device, pairs in newest(runs).items():
+    paths = draw_heat(runs, folder)
+    for device, pairs in newest([run for run in runs if run.suite != heat.SUITE]).items():
         rows = [row for _, row in pairs if row.ours_us and "tokens" in row.sizes]
         for name, plot in (("bandwidth", _bandwidth), ("speedup", _speedup), ("layer", _layer)):
             figure = plot(rows, device)
             if figure is not None:
-                slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-                paths.append(folder / f"{name}-{slug}.png")
+                paths.append(folder / file_name(name, device))
                 figure.savefig(paths[-1], dpi=144, bbox_inches="tight")
     return paths
+
+
+def file_name(plot: str, device: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return f"{plot}-{slug}.png"
+
+
+def draw_heat(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Of each device with a map: how many times as fast as stock `torch.compile` each op is at each size."""
+    paths = []
+    for device, pairs in newest(heat.of(runs)).items():
+        rows = [row for _, row in pairs if "of_inductor" in row.ratios]
+        if rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths.append(folder / file_name("heat", device))
+            _heat(rows, device).savefig(paths[-1], dpi=144, bbox_inches="tight")
+    return paths
+
+
+def _heat(rows: Sequence[Row], device: str) -> Any:
+    """A panel for each op: widths over tokens, white where both are as fast, blue where ours is faster."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row.case for row in rows))
+    tokens = sorted({row.sizes["tokens"] for row in rows})
+    widths = sorted({row.sizes["width"] for row in rows})
+    blue_if_ahead = LinearSegmentedColormap.from_list("ratio", ["#b5442e", "#ffffff", OURS])
+    colours = blue_if_ahead.with_extremes(bad="#eeeeee")
+    size = (2.2 + 0.46 * len(tokens), 0.6 + len(cases) * (0.7 + 0.27 * len(widths)))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(
+        f"Times as fast as stock torch.compile, {device}", x=0.01, ha="left", fontsize=11
+    )
+    for axes, case in zip(figure.subplots(len(cases), 1, squeeze=False)[:, 0], cases, strict=True):
+        found = {
+            (row.sizes["width"], row.sizes["tokens"]): row.ratios["of_inductor"]
+            for row in rows
+            if row.case == case
+        }
+        # as logarithms: twice as fast and half as fast are as far from white
+        shades = [
+            [math.log2(found.get((width, count), math.nan)) for count in tokens] for width in widths
+        ]
+        axes.imshow(shades, cmap=colours, vmin=-1, vmax=1, aspect="auto", origin="lower")
+        for (width, count), ratio in found.items():
+            axes.text(
+                tokens.index(count),
+                widths.index(width),
+                f"{ratio:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                fontweight="bold" if ratio < heat.AHEAD else "normal",
+                color="white" if abs(math.log2(ratio)) > 0.7 else "black",
+            )
+        axes.set_title(case.removeprefix("heat_"), loc="left", fontsize=9)
+        axes.set_xticks(range(len(tokens)), [str(count) for count in tokens], fontsize=7)
+        axes.set_yticks(range(len(widths)), [str(width) for width in widths], fontsize=7)
+        axes.tick_params(length=0)
+    axes.set_xlabel("tokens", fontsize=8)
+    return figure
 
 
 def _axes(title: str, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -6,7 +6,8 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.results import ROOT, Row, Run, load_all, newest
+from bench import heat
+from bench.results import FOLDER, ROOT, Row, Run, load_all, newest
 
 README = ROOT / "README.md"
 NO_RESULTS = (
@@ -66,8 +67,28 @@ def ops() -> str:
 
 def performance() -> str:
     """Per GPU: the kernels against stock `torch.compile` and the copy bandwidth, then the whole layers."""
-    devices = newest([run for run in load_all() if run.device["arch"] != "cpu"])
-    return "\n\n".join(_device(name, pairs) for name, pairs in devices.items()) or NO_RESULTS
+    runs = [run for run in load_all() if run.device["arch"] != "cpu"]
+    devices = newest([run for run in runs if run.suite != heat.SUITE])
+    maps = newest(heat.of(runs))
+    parts = [_device(name, pairs) for name, pairs in devices.items()]
+    parts += [_map(name, pairs) for name, pairs in maps.items()]
+    return "\n\n".join(parts) or NO_RESULTS
+
+
+def _map(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
+    """What `python -m bench.heat` drew, and its figures."""
+    from bench.plots import file_name
+
+    rows = [row for _, row in pairs]
+    counts = sorted(row.sizes["tokens"] for row in rows)
+    picture = (FOLDER / "plots" / file_name("heat", name)).relative_to(ROOT)
+    return "\n\n".join(
+        (
+            f"Ours against stock `torch.compile` on an {name}, {counts[0]} to {counts[-1]} tokens, by width:",
+            table(heat.HEADS, [(f"`{op}`", *rest) for op, *rest in heat.summary(rows)]),
+            f"![how many times as fast as stock, by tokens and width]({picture})",
+        )
+    )
 
 
 def _device(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:

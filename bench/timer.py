@@ -27,6 +27,10 @@ class Timer(Protocol):
 
     def cold(self, call: Call) -> float | None: ...
 
+    def launched(self, call: Call) -> float:
+        """Microseconds a call, one after the other, launched by the host."""
+        ...
+
     def copy_bandwidth(self) -> float:
         """GB/s of a large device-to-device copy, counting bytes read and bytes written."""
         ...
@@ -68,6 +72,18 @@ class CudaTimer:
         torch.cuda.synchronize()
         return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
 
+    def launched(self, call: Call, runs: int = 15, calls: int = 10) -> float:
+        _warm_up(call)
+        times = []
+        for _ in range(runs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / calls)
+        return 1e6 * statistics.median(times)
+
     def copy_bandwidth(self) -> float:
         from triton.testing import do_bench
 
@@ -98,6 +114,9 @@ class HostTimer:
 
     def cold(self, call: Call) -> float | None:
         return None
+
+    def launched(self, call: Call) -> float:
+        return self.warm(call)
 
     def copy_bandwidth(self) -> float:
         source = torch.ones(self.copy_bytes // 4)

@@ -4,7 +4,8 @@ A fusion is on where it is ahead of stock `torch.compile`: never below 0.97 of i
 above 1 somewhere. A fusion with cases of its own is judged by those, any other by the models in which it
 fired. The time of the plugin counts, not that of the bare op.
 
-Also writes `custom_ops/tables/<arch>.json`: which implementation, and which Triton tile, of scaled_mm won where.
+Also writes `custom_ops/tables/<arch>.json`: which implementation, and which Triton tile, of scaled_mm won where, and
+what the parts of fused_moe took. What of these was not measured stays as it is in the table.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ TABLES = ROOT / "fusion_passes" / "tables"
 PRODUCTS = ROOT / "custom_ops" / "tables"
 NOISE = 0.97
 PRODUCT = "scaled_mm"
+MOE = "fused_moe"
+FAMILIES = ("moe",)
 
 
-def write(runs: Sequence[Run], folder: Path) -> list[Path]:
+def write(runs: Sequence[Run], folder: Path, family: str = "") -> list[Path]:
     """The tables of each GPU architecture in the results; returns the paths.
 
     Those of fusions go to `folder`; those of products to `PRODUCTS`, or below `folder` where that is not `TABLES`.
+    family: one of FAMILIES, to leave all other tables alone.
     """
     from fusion_passes.fusion import registry
 
@@ -34,10 +38,17 @@ def write(runs: Sequence[Run], folder: Path) -> list[Path]:
     for arch in dict.fromkeys(run.device["arch"] for run in on_gpus):
         devices = newest([run for run in on_gpus if run.device["arch"] == arch])
         pairs = [pair for pairs in devices.values() for pair in pairs]
-        paths.append(_write(folder / f"{arch}.json", distil(pairs, list(registry()))))
-        if any(product_kind(row) for _, row in pairs):
-            beside = PRODUCTS if folder == TABLES else folder / "products"
-            paths.append(_write(beside / f"{arch}.json", distil_products(pairs)))
+        if not family:
+            paths.append(_write(folder / f"{arch}.json", distil(pairs, list(registry()))))
+        path = (PRODUCTS if folder == TABLES else folder / "products") / f"{arch}.json"
+        fresh: dict[str, Any] = {}
+        if not family and any(product_kind(row) for _, row in pairs):
+            fresh |= distil_products(pairs)
+        if any(moe_kind(row) for _, row in pairs):
+            fresh |= distil_moe(pairs)
+        if fresh:
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            paths.append(_write(path, {**kept, **fresh}))
     return paths
 
 
@@ -97,6 +108,35 @@ def distil_products(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
         }
     kinds = {kind: [rows[key] for key in sorted(rows)] for kind, rows in sorted(winners.items())}
     return {**_provenance(measured), PRODUCT: kinds}
+
+
+def moe_kind(row: Row) -> str | None:
+    """How `custom_ops.moe.choice` calls the weights of a row of `fused_moe` alone; None for other rows."""
+    if not row.case.startswith(f"{MOE}_"):
+        return None
+    return "fp8_block" if row.case.endswith("_fp8_block") else "bfloat16"
+
+
+def distil_moe(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
+    """What each experts took, by kind, sizes and pairs; of two devices the one measured last decides."""
+    measured = [(run, row) for run, row in pairs if moe_kind(row)]
+    found: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+    names = ("experts", "hidden", "intermediate", "pairs")
+    for _, row in sorted(measured, key=lambda pair: pair[0].date):
+        us = {
+            way.removeprefix("experts "): round(time, 2)
+            for way, time in row.warm_us.items()
+            if way.startswith("experts ")
+        }
+        if us:
+            place = {name: row.sizes[name] for name in names}
+            fastest_first = dict(sorted(us.items(), key=lambda item: item[1]))
+            found.setdefault(str(moe_kind(row)), {})[tuple(place.values())] = {
+                **place,
+                "us": fastest_first,
+            }
+    kinds = {kind: [rows[key] for key in sorted(rows)] for kind, rows in sorted(found.items())}
+    return {**_provenance(measured), MOE: kinds}
 
 
 def verdict(fusion: str, rows: Sequence[Row]) -> dict[str, Any]:

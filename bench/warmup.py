@@ -2,19 +2,16 @@
 
 A Llama of the widths of Llama-3-8B in block FP8. It has two layers: the products of all layers have the same
 sizes, and hence the same kernels. Every phase is a process of its own, with DeepGEMM's cache and ours in fresh
-folders; nvcc is wrapped in a script that notes each call, so that compilations are counted by what was run.
+folders; nvcc is wrapped in a script that notes each call, so that compilations are counted by what was run. One phase
+leaves out CUDA C++ and DeepGEMM, so that Triton runs everything.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
-import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,14 +25,10 @@ import torch
 from bench import results
 from bench.case import Target
 from bench.results import ROOT, Row, Run
+from bench.warmup_phases import LAYERS, MAX_TOKENS
 
-LAYERS, MAX_TOKENS = 2, 8192
-COLD = (50, 300, 3000)
 PROCESSES = 8
 KILLED_KERNELS = 12
-# What a process has run before the sweep: a prompt, a token, and a length that is no multiple of 8, for which cuDNN has
-# another attention kernel, whose library it loads in the first such call (0.5 s, in a stock model as well).
-PRIMED = (4096, 1, 127)
 
 UNITS = {
     "cold_slowest_call": "before: slowest first call of a token count, caches cold (microseconds)",
@@ -43,179 +36,12 @@ UNITS = {
     "median_first_call": "median of the same calls",
     "serial": "the kernels one by one in a fresh cache; `serial_measured` of them, scaled to all",
     "parallel": "the same kernels by one warm-up in a fresh cache, on all cores",
+    "graphs_of_ours": "graphs compiled for `PRIMED` token counts; graphs_of_stock: by backend='inductor' for the same",
+    "more_graphs_of_ours": "graphs compiled in the sweep; more_graphs_of_stock: for `ONE_MORE` token counts",
+    "triton": "one warm-up where CUDA C++ and DeepGEMM are left out; triton_trace: finding what there is to compile",
     "second_start": "warmup() in a new process, caches intact: `second_start_load` of it is loading kernels",
     "ratios": "better when larger; a target of 1 on a ratio of the form limit / measured is the limit itself",
 }
-
-
-# --- phases: each is run as `python -m bench.warmup PHASE ARGUMENTS`, prints JSON as its last line ----------
-
-
-def _model() -> Any:
-    """Two decoder layers and the norm, [1, tokens, 4096] -> the same, compiled with a dynamic token count."""
-    import fusion_passes
-    from bench.suites.layer import FULL, Stack
-    from fusion_passes import backend
-
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    first, second = (Stack(FULL, device) for _ in range(2))
-    first.layers.append(second.layers[0])
-    fusion_passes.quantize_(first, "fp8_block")
-    first.requires_grad_(False)
-    return torch.compile(first, backend=backend.fusion_passes, dynamic=True)
-
-
-def _inputs() -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randn(1, MAX_TOKENS, 4096, device="cuda", dtype=torch.bfloat16)
-
-
-def _timed(model: Any, x: torch.Tensor, tokens: int) -> float:
-    """Seconds of one call, with the GPU idle before and after."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(x[:, :tokens])
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _ready() -> tuple[Any, torch.Tensor]:
-    """The model with its graphs compiled: one for any number of tokens, one for a single token."""
-    model, x = _model(), _inputs()
-    for tokens in PRIMED:
-        _timed(model, x, tokens)
-        _timed(model, x, tokens)
-    return model, x
-
-
-def _listing() -> set[str]:
-    from custom_ops.jit import deep_gemm
-
-    folder = deep_gemm.cache() / "cache"
-    return set(os.listdir(folder)) if folder.exists() else set()
-
-
-def phase_cold(plan: str) -> dict[str, Any]:
-    """Calls of new token counts with nothing compiled ahead; writes the plan for the other phases."""
-    import fusion_passes
-
-    with torch.no_grad():
-        model, x = _ready()
-        calls = {str(tokens): _timed(model, x, tokens) for tokens in COLD}
-    warm_up = fusion_passes.warmup_plan(max_num_tokens=MAX_TOKENS)
-    Path(plan).write_text(warm_up.to_json())
-    return {"calls": calls, "kernels": len(warm_up.kernels), "notes": list(warm_up.notes)}
-
-
-def _compile(plan: Any, **options: Any) -> Any:
-    import fusion_passes
-
-    return fusion_passes.warmup(plan=plan, load=False, progress=False, **options)
-
-
-def _read(plan: str) -> Any:
-    import fusion_passes
-
-    return fusion_passes.WarmupPlan.from_json(Path(plan).read_text())
-
-
-def phase_serial(plan: str, seconds: str) -> dict[str, Any]:
-    """One kernel after the other, in a random order, until the time is over."""
-    whole = _read(plan)
-    kernels = list(whole.kernels)
-    random.Random(0).shuffle(kernels)
-    start, done = time.perf_counter(), 0
-    for kernel in kernels:
-        # the CUDA library was built by the first phase, and is no compilation here
-        done += len(_compile(dataclasses.replace(whole, kernels=(kernel,)), workers=1).compiled)
-        if time.perf_counter() - start > float(seconds):
-            break
-    return {"seconds": time.perf_counter() - start, "kernels": done}
-
-
-def phase_compile(plan: str, limit: str = "0") -> dict[str, Any]:
-    """A warm-up by plan, of the first `limit` kernels if it is not 0; loads nothing."""
-    whole = _read(plan)
-    part = dataclasses.replace(whole, kernels=whole.kernels[: int(limit) or None])
-    outcome = _compile(part)
-    return {
-        "wall": outcome.wall,
-        "compiled": len(outcome.compiled),
-        "found": len(outcome.found),
-        "workers": outcome.workers,
-        "slowest_kernel": max(outcome.seconds.values(), default=0.0),
-        "whole": all(part.is_compiled(kernel) for kernel in part.kernels),
-    }
-
-
-def phase_rank(plan: str) -> dict[str, Any]:
-    """One of several processes that start together: warms up, runs a product, and hashes its result."""
-    answer = phase_compile(plan)
-    import custom_ops
-
-    torch.manual_seed(2)
-    a = torch.randn(300, 4096, device="cuda", dtype=torch.bfloat16)
-    codes, scales = custom_ops.group_quant(a, 128, scale_layout="column_major_tma")
-    weight = torch.randn(1024, 4096, device="cuda").to(torch.float8_e4m3fn)
-    weight_scale = torch.rand(8, 32, device="cuda") + 0.5
-    out = custom_ops.block_scaled_mm(codes, scales, weight, weight_scale)
-    digest = hashlib.sha256(out.view(torch.int16).cpu().numpy().tobytes()).hexdigest()
-    return {**answer, "digest": digest}
-
-
-def phase_sweep() -> dict[str, Any]:
-    """A second start, and then many token counts that the process has not seen."""
-    import fusion_passes
-
-    before = _listing()
-    with torch.no_grad():
-        model, x = _ready()
-        graphs_from_cache = [report.from_cache for report in fusion_passes.reports()]
-        start = time.perf_counter()
-        outcome = fusion_passes.warmup(max_num_tokens=MAX_TOKENS, load=False, progress=False)
-        found = time.perf_counter() - start
-        fusion_passes.warmup(max_num_tokens=MAX_TOKENS, load=True, progress=False)
-        second_start = time.perf_counter() - start
-        edges = {b + d for b in (16, 32, *range(64, MAX_TOKENS + 1, 64)) for d in (-1, 0, 1)}
-        counts = [m for m in edges if 1 < m <= MAX_TOKENS and m not in PRIMED]
-        counts += random.Random(0).sample(range(2, MAX_TOKENS + 1), 200)
-        counts = list(dict.fromkeys(m for m in counts if m not in PRIMED))
-        random.Random(1).shuffle(counts)
-        first = {m: _timed(model, x, m) for m in counts}
-        again = {m: _timed(model, x, m) for m in random.Random(2).sample(counts, 50)}
-    slowest = max(first, key=lambda m: first[m])
-    return {
-        "compiled": len(outcome.compiled),
-        "found": len(outcome.found),
-        "found_seconds": found,
-        "second_start": second_start,
-        "graphs_from_cache": graphs_from_cache,
-        "calls": len(first),
-        "slowest": first[slowest],
-        "slowest_tokens": slowest,
-        "slowest_calls": [
-            {"tokens": m, "seconds": first[m], "position": counts.index(m)}
-            for m in sorted(first, key=lambda m: -first[m])[:5]
-        ],
-        "median": statistics.median(first.values()),
-        "worst_over_repeat": max(first[m] / again[m] for m in again),
-        "graphs_compiled_since": len(fusion_passes.reports()) - len(graphs_from_cache),
-        "events": [dataclasses.asdict(event) for event in fusion_passes.jit_events()],
-        "new_folders": sorted(_listing() - before),
-    }
-
-
-PHASES: dict[str, Callable[..., dict[str, Any]]] = {
-    "cold": phase_cold,
-    "serial": phase_serial,
-    "compile": phase_compile,
-    "rank": phase_rank,
-    "sweep": phase_sweep,
-}
-
-
-# --- the lead of the phases ---------------------------------------------------------------------------------
 
 
 class Lab:
@@ -253,7 +79,7 @@ class Lab:
         self, cache: str, phase: str, *arguments: str, **variables: str
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "bench.warmup", phase, *arguments],
+            [sys.executable, "-m", "bench.warmup_phases", phase, *arguments],
             env=self.environment(cache) | variables,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -261,10 +87,10 @@ class Lab:
             text=True,
         )
 
-    def run(self, cache: str, phase: str, *arguments: str) -> dict[str, Any]:
+    def run(self, cache: str, phase: str, *arguments: str, **variables: str) -> dict[str, Any]:
         """A phase, with how long its process took and how many compilations nvcc was called for."""
         before, start = self.compilations(), time.perf_counter()
-        answer = finish(self.start(cache, phase, *arguments))
+        answer = finish(self.start(cache, phase, *arguments, **variables))
         took = time.perf_counter() - start
         return {**answer, "process": took, "nvcc": self.compilations() - before}
 
@@ -336,6 +162,10 @@ def measure(
             ("cold", lambda: lab.run("cold", "cold", plan)),
             ("parallel", lambda: lab.run("warm", "compile", plan)),
             ("sweep", lambda: lab.run("warm", "sweep")),
+            (
+                "triton",
+                lambda: lab.run("triton", "triton", CUSTOM_OPS_DISABLE="cuda,deep_gemm"),
+            ),
             ("serial", lambda: lab.run("serial", "serial", plan, str(serial_seconds))),
             ("together", lambda: start_together(lab)),
             ("killed", lambda: kill_a_writer(lab)),
@@ -387,7 +217,8 @@ def rows(raw: Mapping[str, Any]) -> list[Row]:
         }
         cold.warm_us["cold_slowest_call"] = 1e6 * max(answer["calls"].values())
 
-    sweep, answer = row("sweep", "sweep", {"no_event": 1, "no_new_folder": 1, "of_ten_medians": 1})
+    bars = {"no_event": 1, "no_new_folder": 1, "no_graph": 1, "of_ten_medians": 1}
+    sweep, answer = row("sweep", "sweep", bars)
     if answer:
         sweep.warm_us = {
             "slowest_first_call": 1e6 * answer["slowest"],
@@ -396,7 +227,38 @@ def rows(raw: Mapping[str, Any]) -> list[Row]:
         sweep.ratios = {
             "no_event": float(not answer["events"]),
             "no_new_folder": float(not answer["new_folders"]),
+            "no_graph": float(not answer["more_graphs"]),
             "of_ten_medians": 10 * answer["median"] / answer["slowest"],
+            "first_calls": answer["calls"],
+        }
+
+    graphs, answer = row("graphs", "sweep", {"no_more_than_stock": 1})
+    if answer:
+        ours, more = answer["graphs"], answer["more_graphs"]
+        stock, more_of_stock = answer["graphs_of_stock"], answer["more_graphs_of_stock"]
+        graphs.ratios = {
+            "no_more_than_stock": float(ours + more <= stock + more_of_stock),
+            "graphs_of_ours": ours,
+            "graphs_of_stock": stock,
+            "more_graphs_of_ours": more,
+            "more_graphs_of_stock": more_of_stock,
+        }
+
+    bars = {"no_event": 1, "no_graph": 1, "covered": 1, "of_ten_medians": 1}
+    triton, answer = row("triton", "triton", bars)
+    if answer:
+        triton.warm_us = {
+            "triton": 1e6 * answer["wall"],
+            "triton_trace": 1e6 * answer["traced_seconds"],
+            "slowest_first_call": 1e6 * answer["slowest"],
+            "median_first_call": 1e6 * answer["median"],
+        }
+        triton.ratios = {
+            "no_event": float(not answer["events"]),
+            "no_graph": float(not answer["more_graphs"]),
+            "covered": float(not answer["notes"] and answer["compiled"] > 0),
+            "of_ten_medians": 10 * answer["median"] / answer["slowest"],
+            "kernels": answer["compiled"],
             "first_calls": answer["calls"],
         }
 
@@ -444,7 +306,3 @@ def rows(raw: Mapping[str, Any]) -> list[Row]:
             "compiled_again": answer["compiled"],
         }
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(PHASES[sys.argv[1]](*sys.argv[2:])))

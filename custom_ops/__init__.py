@@ -24,6 +24,27 @@ from custom_ops.activation import (
 )
 from custom_ops.gemm import block_scaled_mm, scaled_mm
 from custom_ops.library import Unavailable, explain, ops
+from custom_ops.lora import (
+    LoRABatch,
+    RequestBatch,
+    lora_add,
+    lora_add_single,
+    lora_expand,
+    lora_linear,
+    lora_linear_single,
+    lora_shrink,
+)
+from custom_ops.moe import (
+    fused_moe,
+    grouped_topk,
+    moe_align_block_size,
+    moe_permute,
+    moe_permute_group_quant,
+    moe_reduce,
+    moe_unpermute,
+    topk_sigmoid,
+    topk_softmax,
+)
 from custom_ops.normalization import (
     add_rms_norm,
     add_rms_norm_group_quant,
@@ -47,7 +68,9 @@ from custom_ops.quantization import (
 from custom_ops.scales import QuantSpec
 
 __all__ = [
+    "LoRABatch",
     "QuantSpec",
+    "RequestBatch",
     "Unavailable",
     "add_rms_norm",
     "add_rms_norm_group_quant",
@@ -62,12 +85,25 @@ __all__ = [
     "clamped_swiglu_tensor_quant_static",
     "clamped_swiglu_token_quant",
     "explain",
+    "fused_moe",
     "gelu_tanh_mul",
     "gelu_tanh_mul_group_quant",
     "gelu_tanh_mul_tensor_quant",
     "gelu_tanh_mul_tensor_quant_static",
     "gelu_tanh_mul_token_quant",
     "group_quant",
+    "grouped_topk",
+    "lora_add",
+    "lora_add_single",
+    "lora_expand",
+    "lora_linear",
+    "lora_linear_single",
+    "lora_shrink",
+    "moe_align_block_size",
+    "moe_permute",
+    "moe_permute_group_quant",
+    "moe_reduce",
+    "moe_unpermute",
     "ops",
     "rms_norm",
     "rms_norm_group_quant",
@@ -85,4 +121,6 @@ __all__ = [
     "tensor_quant_static",
     "token_quant",
     "token_quant_asymmetric",
+    "topk_sigmoid",
+    "topk_softmax",
 ]

@@ -126,13 +126,21 @@ def status() -> Status:
 def load() -> None:
     """Load the kernels for the current GPU, building them first if there is no valid build.
 
-    Raises RuntimeError with the reason if they cannot be used here, BuildError if compiling fails.
+    Raises RuntimeError with the reason if they cannot be used here, BuildError if compiling fails, JitError if they
+    would be built after a strict warm-up.
     """
     if reason := why_not():
         raise RuntimeError(f"the CUDA C++ kernels cannot be used: {reason}")
     arch = current_arch()
     assert arch is not None
-    _load(_find(arch) or build([arch]) / _name(arch))
+    built = _find(arch)
+    if built is None:
+        from custom_ops.jit import monitor
+
+        op, sizes = monitor.calling()
+        monitor.compiling(op, "cuda", sizes, _name(arch))
+        built = build([arch]) / _name(arch)
+    _load(built)
 
 
 @functools.cache

@@ -34,7 +34,10 @@ from custom_ops.scales import known
 
 NAMESPACE = "custom_ops"
 # Environment variables with the CUSTOM_OPS_ prefix; any other is a misspelling, and an error.
-VARIABLES = ("CUSTOM_OPS_DISABLE", "CUSTOM_OPS_CACHE_DIR")
+VARIABLES = ("CUSTOM_OPS_DISABLE", "CUSTOM_OPS_CACHE_DIR", "CUSTOM_OPS_MOE_CHUNK_TOKENS")
+
+# Numbers that `torch.compile(dynamic=True)` may hand over as tensors: see `_define_tensor_eps`.
+_AT_RUN_TIME = ("eps", "scaling")
 
 # Strided inputs (a half of a packed gate-up tensor) and padded scales are read as they are. Inductor
 # applies needs_exact_strides only to nodes that it traced itself and leaves a node that a graph pass
@@ -93,8 +96,10 @@ class Op:
 
     @functools.cached_property
     def tensor_eps(self) -> torch._ops.OpOverload | None:
-        """The overload that takes eps as a 0-d CPU tensor, for ops that have an eps."""
-        return getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), "eps_tensor", None)
+        """The overload that takes eps (or scaling) as a 0-d CPU tensor, for ops that have one."""
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        found = (getattr(packet, f"{number}_tensor", None) for number in _AT_RUN_TIME)
+        return next(filter(None, found), None)
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
@@ -241,16 +246,17 @@ def define(
     _library.impl(name, op.kernel, "CPU")
     _library.impl(name, op.kernel, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_library)
-    if "float eps" in schema:
-        _define_tensor_eps(op)
+    for number in _AT_RUN_TIME:
+        if f"float {number}" in schema:
+            _define_tensor_eps(op, number)
     for function in (public, check, empty, reference):
         _require_signature(op, function)
     _ops[name] = op
     return op
 
 
-def _define_tensor_eps(op: Op) -> None:
-    """The overload `eps_tensor`: eps as a 0-d tensor on the CPU, read when the op runs.
+def _define_tensor_eps(op: Op, number: str) -> None:
+    """The overload `eps_tensor` (`scaling_tensor`): the number as a 0-d tensor on the CPU, read when the op runs.
 
     `torch.compile(dynamic=True)` turns the float attributes of modules into such tensors, and a schema
     with a float would need a guard on the value.
@@ -258,20 +264,21 @@ def _define_tensor_eps(op: Op) -> None:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         arguments = op.signature.bind(*args, **kwargs).arguments
-        return op.overload(**arguments | {"eps": float(arguments["eps"])})
+        return op.overload(**arguments | {number: float(arguments[number])})
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         arguments = op.signature.bind(*args, **kwargs)
-        if arguments.arguments["eps"].device.type != "cpu":
-            device = arguments.arguments["eps"].device
+        if arguments.arguments[number].device.type != "cpu":
+            device = arguments.arguments[number].device
             raise ValueError(
-                f"{op.name}: eps is a tensor on {device}; accepted: a 0-d tensor on the CPU"
+                f"{op.name}: {number} is a tensor on {device}; accepted: a 0-d tensor on the CPU"
             )
-        arguments.arguments["eps"] = 0.0
+        arguments.arguments[number] = 0.0
         return op.fake(*arguments.args, **arguments.kwargs)
 
-    name = f"{op.name}.eps_tensor"
-    _library.define(name + op.schema.replace("float eps", "Tensor eps"), tags=_TAGS)
+    name = f"{op.name}.{number}_tensor"
+    schema = op.schema.replace(f"float {number}", f"Tensor {number}")
+    _library.define(name + schema, tags=_TAGS)
     _library.impl(name, kernel, "CPU")
     _library.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -26,19 +26,22 @@ is float32 and correctly rounded, unless a T stands before it:
 
     amax  = max |x| over the group                 NaN anywhere in the group gives NaN
     amax  = max(amax, min_amax)                    NaN stays NaN, here and below
-    scale = by scale_mode                          | divide           | fl(amax / MAX)
-                                                   | reciprocal       | fl(amax * fl(1 / MAX))
-                                                   | divide_input     | T(fl(amax / MAX))
-                                                   | reciprocal_input | T(fl(amax * fl(1 / MAX)))
+    scale = by scale_mode                          | divide            | fl(amax / MAX)
+                                                   | reciprocal        | fl(amax * fl(1 / MAX))
+                                                   | divide_input      | T(fl(amax / MAX))
+                                                   | reciprocal_input  | T(fl(amax * fl(1 / MAX)))
+                                                   | divide_or_one     | divide, of 1 unless amax > 0
+                                                   | reciprocal_or_one | reciprocal, of 1 unless amax > 0
     scale = max(scale, min_scale)                  in the modes ending in _input rounded to T again
     scale = the power of two from scale up         scale_format ue8m0 and ue8m0_packed only
-    v     = by code_mode                           | divide           | fl(x / scale)
-                                                   | reciprocal       | fl(x * fl(1 / scale))
-                                                   | reciprocal_input | T(x * T(fl(1 / scale)))
+    v     = by code_mode                           | divide            | fl(x / scale)
+                                                   | reciprocal        | fl(x * fl(1 / scale))
+                                                   | reciprocal_input  | T(x * T(fl(1 / scale)))
     code  = clamp(v, -MAX, MAX) to the nearest code, ties to even
 
 `reciprocal` is what eager PyTorch computes on a GPU for `amax / 448.0`, and the modes ending in `_input`
-are what a graph computes that never leaves T. They differ in bits: none stands for another (but where T is
+are what a graph computes that never leaves T; those ending in `_or_one` are `where(amax > 0, amax, 1) / 448.0`, where
+the scale of zeros is 1 / MAX, and so is that of NaN. They differ in bits: none stands for another (but where T is
 bfloat16 and the bounds are 0, `divide_input` and `reciprocal_input` are the same for every amax).
 
 A power of two is found from the bits of scale, never by a logarithm: 2^(e - 127) with e = 0..254. As
@@ -83,7 +86,14 @@ GROUP_SIZES = (32, 64, 128)
 CODE_DTYPES = (torch.float8_e4m3fn, torch.int8)
 SCALE_LAYOUTS = ("row_major", "column_major", "column_major_tma")
 SCALE_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
-SCALE_MODES = ("divide", "reciprocal", "divide_input", "reciprocal_input")
+SCALE_MODES = (
+    "divide",
+    "reciprocal",
+    "divide_input",
+    "reciprocal_input",
+    "divide_or_one",
+    "reciprocal_or_one",
+)
 CODE_MODES = ("divide", "reciprocal", "reciprocal_input")
 BLOCK = 128  # side of the blocks of a weight
 GROUPS_PER_WORD = 4  # exponents in an int32 of ue8m0_packed
@@ -131,10 +141,19 @@ def code_max(dtype: torch.dtype) -> float:
 
 
 def scale_strides(tokens: Sequence[int], groups: int, layout: str) -> list[int]:
-    """Strides of a 4-byte scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`."""
+    """Strides of a 4-byte scale of shape `[*tokens, groups]` in one of `SCALE_LAYOUTS`.
+
+    A column-major one of a batch of one, [1, T, groups], has the stride of an outermost dimension there: of the T that
+    it would have otherwise, Inductor asks whether it is below the pitch, and adds a guard on T.
+    """
     if layout == "row_major":
         return contiguous_strides([*tokens, groups])
-    return [*contiguous_strides(tokens), pitch_of(math.prod(tokens), layout)]
+    pitch = pitch_of(math.prod(tokens), layout)
+    strides = contiguous_strides(tokens)
+    for dim, size in enumerate(tokens[:-1]):
+        if known(size == 1):
+            strides[dim] = pitch * at_least_one(groups)
+    return [*strides, pitch]
 
 
 def empty_scale(

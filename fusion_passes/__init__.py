@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fusion_passes.after_import import after_import
+
 if TYPE_CHECKING:
     from fusion_passes.backend import explain, inductor_options
     from fusion_passes.fusion import (
@@ -57,6 +59,7 @@ __all__ = [
     "explain",
     "inductor_options",
     "jit_events",
+    "lora",
     "quantize_",
     "register",
     "registry",
@@ -72,9 +75,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"fusion_passes.{_HOME_OF[name]}"), name)
-    elif name == "settings":
-        value = importlib.import_module("fusion_passes.settings")
+    elif name in ("lora", "settings"):
+        value = importlib.import_module(f"fusion_passes.{name}")
     else:
         raise AttributeError(f"module 'fusion_passes' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _register_experts() -> None:
+    importlib.import_module("fusion_passes.transformers_experts").register()
+
+
+after_import("transformers.integrations.moe", _register_experts)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from fusion_passes.matching import Match
-    from fusion_passes.reporting import Site
+    from fusion_passes.places import Place
+    from fusion_passes.reporting import NearMiss, Site
     from fusion_passes.rewriting import Rewrite
 
 __all__ = [
@@ -117,6 +118,8 @@ class Fusion:
     stage: 0 canonical form, 1 whole blocks, 2 consumers, 3 producers; lower stages run first, and within a
         stage ``priority`` decides (higher first, so that the wider pattern gets its chance before the narrower).
     patterns, rewrite: every spelling, and what replaces a match; ``rewrite`` returns one node per output.
+    find: instead of patterns, a walk over the graph that yields each place where the fusion's subject is, for
+        ``rewrite``, and a near miss where it almost is: for what no pattern can state.
     transform: instead of patterns, a function over the whole graph that returns the sites it changed.
     signature: the normalized operation that gives the fusion's subject away, for near misses (see near_miss.py).
     allow_shared: whether values inside the match may also be used outside of it. They are then computed twice,
@@ -134,6 +137,7 @@ class Fusion:
     priority: int = 0
     patterns: tuple[Pattern, ...] = ()
     rewrite: Callable[[Rewrite], tuple[Any, ...]] | None = None
+    find: Callable[[fx.Graph], Iterable[Place | NearMiss]] | None = None
     transform: Callable[[fx.Graph], Iterable[Site]] | None = None
     constraints: tuple[Constraint, ...] = ()
     signature: str = ""
@@ -148,8 +152,11 @@ class Fusion:
             raise ValueError(
                 f"a fusion's name is lower case letters, digits and underscores, got {self.name!r}"
             )
-        if bool(self.patterns) == bool(self.transform) or bool(self.patterns) != bool(self.rewrite):
-            raise ValueError(f"{self.name}: give patterns with a rewrite, or a transform")
+        ways = [bool(self.patterns), bool(self.find), bool(self.transform)]
+        if sum(ways) != 1 or bool(self.transform) == bool(self.rewrite):
+            raise ValueError(
+                f"{self.name}: give patterns with a rewrite, or a transform, or find with a rewrite"
+            )
 
     @property
     def environment_variable(self) -> str:

@@ -31,6 +31,7 @@ from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion, is_shipped, registry
 from fusion_passes.matching import Match, candidates, find
 from fusion_passes.operations import describe, escapes, module_path, transparent
+from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss, Report, Site
 from fusion_passes.rewriting import NotRewritten, Rewrite, choose
 from fusion_passes.settings import Settings
@@ -194,6 +195,8 @@ class _Run:
     def _one(self, fusion: Fusion) -> None:
         if fusion.transform is not None:
             self._transform(fusion, fusion.transform)
+        elif fusion.find is not None:
+            self._places(fusion, fusion.find)
         else:
             self._patterns(fusion)
         self._dump(fusion.name)
@@ -210,6 +213,25 @@ class _Run:
                 self._refuse(fusion, last, *_raised("transform", error))
                 return
         self.report.sites.extend(transform(self.graph))
+
+    def _places(
+        self, fusion: Fusion, find: Callable[[fx.Graph], Iterable[Place | NearMiss]]
+    ) -> None:
+        try:
+            found = list(find(self.graph))
+        except Exception as error:  # a walk only reads: the graph is as it was
+            last = next(iter(reversed(self.graph.nodes)))
+            self._refuse(fusion, last, *_raised("find", error))
+            return
+        moved = False
+        for place in found:
+            if isinstance(place, NearMiss):
+                self.report.near_misses.append(place)
+            elif self._rewrite(fusion, place):
+                moved = True
+        if moved:
+            views.remove_needless(self.graph)
+            torch_internals.tidy(self.graph)
 
     def _patterns(self, fusion: Fusion) -> None:
         if fusion.needs and not any(_is_named(node, fusion.needs) for node in self.graph.nodes):
@@ -228,7 +250,7 @@ class _Run:
             views.remove_needless(self.graph)
             torch_internals.tidy(self.graph)
 
-    def _rewrite(self, fusion: Fusion, match: Match) -> bool:
+    def _rewrite(self, fusion: Fusion, match: Match | Place) -> bool:
         root = match.outputs[0]
         rewrite = Rewrite(match, self.settings.allow_reference)
         warning: str | None = None
@@ -258,7 +280,7 @@ class _Run:
         self._refuse(fusion, root, reason, warning)
         return False
 
-    def _objection(self, fusion: Fusion, match: Match) -> str | None:
+    def _objection(self, fusion: Fusion, match: Any) -> str | None:
         for constraint in fusion.constraints:
             if not constraint.holds(match):
                 return constraint.reason(match)
@@ -278,7 +300,7 @@ class _Run:
         return Site(
             fusion=fusion.name,
             module=module_path(rewrite.match.outputs[0]),
-            pattern=rewrite.match.compiled.pattern.name,
+            pattern=rewrite.match.spelling,
             implementations=tuple(rewrite.implementations),
             sizes={name: str(size) for name, size in sizes.items()},
             bytes_saved=str(saved),
@@ -348,7 +370,7 @@ def _raised(what: str, error: Exception) -> tuple[str, str]:
     return reason, f"\n{traceback.format_exc()}"
 
 
-def _would_cycle(match: Match) -> bool:
+def _would_cycle(match: Match | Place) -> bool:
     """Whether an input of the match depends on one of its outputs by a way outside of it."""
     inside = set(match.nodes.values())
     outputs = [node for node in match.outputs if node is not match.outputs[0]]

@@ -74,6 +74,15 @@ class Match:
         return self.compiled.pattern.constants
 
     @property
+    def spelling(self) -> str:
+        return self.compiled.pattern.name
+
+    @property
+    def limits(self) -> Mapping[fx.Node, int]:
+        """For inputs that are indices, the number that they stay below."""
+        return {}
+
+    @property
     def outputs(self) -> list[fx.Node]:
         return [self.nodes[node] for node in self.compiled.outputs]
 

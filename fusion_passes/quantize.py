@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ __all__ = ["Fp8BlockLinear", "Fp8TokenLinear", "Int8TokenLinear", "load_fp8_bloc
 BLOCK = 128
 
 
-class Fp8BlockLinear(nn.Module):
+class Fp8BlockLinear(nn.Linear):
     """A linear with block-scaled FP8 weights and activations quantized on the fly, in plain PyTorch.
 
     The tensors are those of DeepSeek-V3 and Qwen3-FP8 checkpoints: ``weight`` float8_e4m3fn [out_features,
@@ -33,11 +33,13 @@ class Fp8BlockLinear(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__()
+        # a torch.nn.Linear to libraries that look for one, such as PEFT, which makes its adapters in compute_dtype
+        nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = dtype
         self.weight: torch.Tensor
         self.weight_scale_inv: torch.Tensor
-        self.bias: torch.Tensor | None
+        self.bias: torch.Tensor | None  # type: ignore[assignment]
         blocks = (-(-out_features // BLOCK), -(-in_features // BLOCK))
         self.register_buffer(
             "weight",
@@ -85,7 +87,7 @@ class Fp8BlockLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
 
 
-class _TokenLinear(nn.Module):
+class _TokenLinear(nn.Linear):
     """What Fp8TokenLinear and Int8TokenLinear share: everything but their codes."""
 
     code_dtype: ClassVar[torch.dtype]
@@ -98,11 +100,13 @@ class _TokenLinear(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__()
+        # a torch.nn.Linear to libraries that look for one, such as PEFT, which makes its adapters in compute_dtype
+        nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = dtype
         self.weight: torch.Tensor
         self.weight_scale: torch.Tensor
-        self.bias: torch.Tensor | None
+        self.bias: torch.Tensor | None  # type: ignore[assignment]
         codes = torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device)
         self.register_buffer("weight", codes)
         self.register_buffer(
@@ -204,18 +208,19 @@ def quantize_(
     model: nn.Module,
     scheme: str = "fp8_block",
     *,
-    filter: Callable[[str, nn.Linear], bool] | None = None,
+    filter: Callable[[str, Any], bool] | None = None,
 ) -> nn.Module:
-    """Replace the linears of a model, in place; returns the model.
+    """Replace the linears of a model, and with "fp8_block" the experts, in place; returns the model.
 
     scheme: ``"fp8_block"``: :class:`Fp8BlockLinear`, float8 with a scale per 1 x 128 of activations and 128 x 128 of
-        weights. ``"fp8_token"``, ``"int8_token"``: :class:`Fp8TokenLinear`, :class:`Int8TokenLinear`, with a scale per
-        token of activations and per output channel of weights.
-    filter: ``filter(name, linear)`` says which linears to take; None takes all but those that share their weight
-        with another module (tied embeddings) and the output projection ``lm_head``, which such checkpoints keep in
-        16 bits.
+        weights, and :class:`~fusion_passes.quantize_experts.Fp8BlockExperts` for transformers' modules of experts.
+        ``"fp8_token"``, ``"int8_token"``: :class:`Fp8TokenLinear`, :class:`Int8TokenLinear`, with a scale per token of
+        activations and per output channel of weights; experts stay as they are.
+    filter: ``filter(name, module)`` says which linears and experts to take; None takes all but those that share their
+        weight with another module (tied embeddings), the output projection ``lm_head`` and the routers of experts,
+        which such checkpoints keep in 16 bits, and the adapters of PEFT (``lora_A``, ``lora_B``).
 
-    Raises ValueError for an unknown scheme, a linear that is not bfloat16 or float16, or nothing to quantize.
+    Raises ValueError for an unknown scheme, a module that is not bfloat16 or float16, or nothing to quantize.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; accepted: {', '.join(map(repr, SCHEMES))}")
@@ -225,24 +230,47 @@ def quantize_(
             "model is itself a torch.nn.Linear, which cannot be replaced in place: use "
             f"{replacement.__name__}.from_linear"
         )
-    shared = _shared_weights(model)
+    from fusion_passes import quantize_experts  # here: that module is made of this one
+
+    shared, routers = _shared_weights(model), quantize_experts.routers_of(model)
+    experts = list(quantize_experts.experts_of(model)) if scheme == "fp8_block" else []
+    if experts and experts[0][1] is model:
+        raise ValueError(
+            "model is itself a module of experts, which cannot be replaced in place: use Fp8BlockExperts(model)"
+        )
+    experts = [(name, m) for name, m in experts if filter is None or filter(name, m)]
     take = filter or (
-        lambda name, linear: name.split(".")[-1] != "lm_head" and id(linear.weight) not in shared
+        lambda name, linear: (
+            name.split(".")[-1] != "lm_head"
+            and name not in routers
+            and id(linear.weight) not in shared
+            and not {"lora_A", "lora_B"} & set(name.split("."))
+        )
     )
     chosen = [
         (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)
     ]
     for name, linear in chosen:
-        if linear.weight.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name}.weight is {linear.weight.dtype}; accepted: torch.bfloat16, torch.float16"
-            )
-    if not chosen:
+        check_dtype(f"{name}.weight", linear.weight)
+    for name, module in experts:
+        check_dtype(f"{name}.down_proj", module.down_proj)
+    if not chosen and not experts:
         raise ValueError("the model has no torch.nn.Linear to quantize")
     for name, linear in chosen:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement.from_linear(linear))
+        _replace(model, name, replacement.from_linear(linear))
+    for name, module in experts:
+        _replace(model, name, quantize_experts.Fp8BlockExperts(module))
     return model
+
+
+def check_dtype(name: str, weight: torch.Tensor) -> None:
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {weight.dtype}; accepted: torch.bfloat16, torch.float16")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def load_fp8_block_(
@@ -254,7 +282,8 @@ def load_fp8_block_(
     """Load the tensors of an FP8 block checkpoint into a model whose linears were replaced by :func:`quantize_`.
 
     source: a safetensors file, or the tensors themselves by name (``...weight``, ``...weight_scale_inv``, ``...bias``
-        and whatever else the model has). strict: as in ``load_state_dict``.
+        and whatever else the model has). Experts may have tensors of their own, as in DeepSeek-V3 and Qwen3-MoE
+        checkpoints (``...experts.0.gate_proj.weight``), or be together. strict: as in ``load_state_dict``.
 
     Nothing is loaded unless everything fits. Raises ValueError naming the tensor, its shape and dtype, and what is
     accepted; KeyError for missing or, when strict, unexpected names.
@@ -265,6 +294,9 @@ def load_fp8_block_(
         from safetensors.torch import load_file
 
         tensors = load_file(source)
+    from fusion_passes import quantize_experts
+
+    tensors = quantize_experts.merge_checkpoint(tensors, model)
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name in own and tensor.shape != own[name].shape:

@@ -16,6 +16,7 @@ from fusion_passes.fusion import Tensor
 from fusion_passes.index_map import Size
 from fusion_passes.matching import Match
 from fusion_passes.operations import shape_of
+from fusion_passes.places import Place
 
 aten = torch.ops.aten
 
@@ -31,8 +32,8 @@ class Rewrite:
     :meth:`commit`; :meth:`abandon` takes back what was emitted.
     """
 
-    def __init__(self, match: Match, allow_reference: bool) -> None:
-        self.match = match
+    def __init__(self, match: Match | Place, allow_reference: bool) -> None:
+        self.match: Any = match
         self.graph = match.graph
         self.allow_reference = allow_reference
         self.emitted: list[fx.Node] = []

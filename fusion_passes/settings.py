@@ -27,6 +27,7 @@ PREFIX = "FUSION_PASSES"
 OPS_VARIABLES = {
     "CUSTOM_OPS_DISABLE": "implementations to leave out, such as `triton,deep_gemm`",
     "CUSTOM_OPS_CACHE_DIR": "where built kernels go",
+    "CUSTOM_OPS_MOE_CHUNK_TOKENS": "how many tokens `fused_moe` works on at a time; 16384 by default",
 }
 
 
@@ -270,8 +271,12 @@ def environment_table() -> list[tuple[str, str, str]]:
                 field.description or "",
             )
         )
-    rows.append(("CUSTOM_OPS_DISABLE", "a comma list", OPS_VARIABLES["CUSTOM_OPS_DISABLE"]))
-    rows.append(("CUSTOM_OPS_CACHE_DIR", "a folder", OPS_VARIABLES["CUSTOM_OPS_CACHE_DIR"]))
+    for name, accepted in (
+        ("CUSTOM_OPS_DISABLE", "a comma list"),
+        ("CUSTOM_OPS_CACHE_DIR", "a folder"),
+        ("CUSTOM_OPS_MOE_CHUNK_TOKENS", "a whole number >= 1"),
+    ):
+        rows.append((name, accepted, OPS_VARIABLES[name]))
     return rows
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from fusion_passes import torch_internals
 from fusion_passes.matching import Match
 from fusion_passes.operations import describe
+from fusion_passes.places import Place
 
 FLIPPED = 1e-3
 """Accepted part of values that differ by one rounding step. Sums over random rows flip about 1e-4 of them."""
@@ -26,14 +27,14 @@ class Differs(Exception):
     """Both sides of a rewrite were run and are not the same computation."""
 
 
-def check(match: Match, replacements: Sequence[fx.Node]) -> None:
+def check(match: Match | Place, replacements: Sequence[fx.Node]) -> None:
     """Raises :class:`Differs` where the replacement of a match computes something else.
 
     Both sides run on random inputs of the sizes that the graph was traced with, on its device.
     """
     inputs = list(dict.fromkeys(_free_inputs(match, replacements)))
     with torch_internals.real_tensors():
-        values = {node: _random(node, match.graph) for node in inputs}
+        values = {node: _random(node, match.graph, match.limits.get(node)) for node in inputs}
         if any(value is None for value in values.values()):
             raise Differs(
                 "an input has a size that is not known while compiling, so nothing could be run"
@@ -43,18 +44,26 @@ def check(match: Match, replacements: Sequence[fx.Node]) -> None:
         accumulated = any(
             operation.kind == "opaque" for operation in map(describe, match.nodes) if operation
         )
-        for output, old, new in zip(match.outputs, before, after, strict=True):
-            problem = difference(old, new, accumulated)
+        tolerance = ACCUMULATED
+        if isinstance(match, Place):
+            before, after = (list(match.comparable(values)) for values in (before, after))
+            tolerance = match.tolerance or ACCUMULATED
+        for output, old, new in zip(match.outputs, before, after):
+            problem = difference(old, new, accumulated, tolerance)
             if problem:
                 raise Differs(f"{output.name}: {problem}")
 
 
 def difference(
-    expected: torch.Tensor, actual: torch.Tensor, accumulated: bool = False
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    accumulated: bool = False,
+    tolerance: float = ACCUMULATED,
 ) -> str | None:
     """A sentence on how ``actual`` is not what the semantics allow, or None.
 
     accumulated: whether the values are sums of a matrix product, whose operands eager rounds and a kernel does not.
+    tolerance: of these, as the norm of the difference over that of the result.
     """
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return f"{tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
@@ -81,13 +90,13 @@ def difference(
     within = (a - b).abs() <= torch.maximum(a.abs(), b.abs()) * step + tiny
     if bool(within.all()) and share * a.numel() <= max(FLIPPED * a.numel(), 4):
         return None
-    if accumulated and float((a - b).norm()) <= ACCUMULATED * float(a.norm()):
+    if accumulated and float((a - b).norm()) <= tolerance * float(a.norm()):
         return None
     far, largest = int((~within).sum()), float((a - b).abs().max())
     return f"{share:.2%} of the values differ, {far} by more than the accepted steps, by at most {largest:.4g}"
 
 
-def _free_inputs(match: Match, replacements: Sequence[fx.Node]) -> list[fx.Node]:
+def _free_inputs(match: Match | Place, replacements: Sequence[fx.Node]) -> list[fx.Node]:
     """Where the walk up from either side stops: at what the match captured, and at the graph's own inputs."""
     captured = {chain[-1][0] for chain in match.captured.values()}
     captured |= {value for value in match.scalars.values() if isinstance(value, fx.Node)}
@@ -106,7 +115,7 @@ def _free_inputs(match: Match, replacements: Sequence[fx.Node]) -> list[fx.Node]
     return found
 
 
-def _random(node: fx.Node, graph: fx.Graph) -> object:
+def _random(node: fx.Node, graph: fx.Graph, limit: int | None = None) -> object:
     fake = node.meta.get("val")
     if isinstance(fake, (torch.SymInt, int)):
         return torch_internals.size_hint(torch_internals.size_to_expr(fake), graph)
@@ -119,6 +128,11 @@ def _random(node: fx.Node, graph: fx.Graph) -> object:
         return None
     # one generator per node, so that a failure is the same in each run
     generator = torch.Generator().manual_seed(sum(map(ord, node.name)))
+    if limit is not None:
+        drawn = torch.randint(
+            limit, [int(size) for size in shape if size is not None], generator=generator
+        )
+        return drawn.to(fake.dtype).to(fake.device)
     if fake.dim() == 0:
         return torch.full((), 1e-5, dtype=fake.dtype, device=fake.device)
     value = torch.randn([int(size) for size in shape if size is not None], generator=generator)

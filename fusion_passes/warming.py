@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from custom_ops import jit
+from custom_ops import jit, platform
 from custom_ops.jit import building, compilers, monitor, store
 from custom_ops.jit import target as target_module
 from custom_ops.jit.building import Outcome, Progress
-from custom_ops.jit.kernel import MODES, Kernel, Operand, Problem, Target
+from custom_ops.jit.kernel import MODES, Kernel, NotCovered, Operand, Problem, Target
 from custom_ops.jit.monitor import JitEvent
 from custom_ops.library import Op
 from custom_ops.scales import has_layout
@@ -189,13 +189,15 @@ def jit_events() -> tuple[JitEvent, ...]:
 
 def at_end_of_compilation(report: Report, settings: Settings) -> None:
     """What `FUSION_PASSES_WARMUP` asks for: warm up for the graph of one report, and say so in it."""
+    if any(problem.implementation != "cuda" for problem in report.problems):
+        _watch_triton()  # even without a warm-up: nothing may compile in a CUDA graph capture
     if settings.warmup == "skip":
         return
-    plan = _plan([report], 1, settings.warmup_max_num_tokens, settings.warmup)
-    report.notes += [f"warm-up: {note}" for note in plan.notes]
-    for note in plan.notes:
-        warnings.warn(f"warm-up: {note}", stacklevel=2)
     with torch_internals.real_tensors(), torch.no_grad():
+        plan = _plan([report], 1, settings.warmup_max_num_tokens, settings.warmup)
+        report.notes += [f"warm-up: {note}" for note in plan.notes]
+        for note in plan.notes:
+            warnings.warn(f"warm-up: {note}", stacklevel=2)
         outcome = _run(plan, settings)
     report.notes.append(
         f"warm-up ({settings.warmup}): {len(outcome.compiled)} kernels compiled, "
@@ -207,7 +209,7 @@ def problem_of(
     op: Op, implementation: str, args: Sequence[Any], kwargs: Mapping[str, Any], graph: fx.Graph
 ) -> Problem | None:
     """A node as a problem; None if its implementation compiles nothing. Adds no guard."""
-    if compilers.find(implementation) is None and not compilers.uncovered(implementation):
+    if compilers.enumerator(op.name, implementation) is None:
         return None
     fake_args, fake_kwargs = fx.node.map_arg(
         (tuple(args), dict(kwargs)), lambda node: node.meta["val"]
@@ -225,17 +227,22 @@ def problem_of(
 
 
 def _argument(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_argument, value))
+    if isinstance(value, torch.SymInt):
+        return _size(value)
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, (bool, int, float, type(None))) else str(value)
-    shape, stride = (
-        tuple(
-            size if _is_int(size) else str(size) for size in map(torch_internals.size_to_expr, of)
-        )
-        for of in (value.shape, value.stride())
-    )
+    shape, stride = (tuple(map(_size, of)) for of in (value.shape, value.stride()))
     scales = value.dtype == torch.float32 and value.dim() > 1
     layout = "column_major_tma" if scales and has_layout(value, "column_major_tma") else ""
-    return Operand(str(value.dtype).removeprefix("torch."), shape, stride, layout)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Operand(dtype, shape, stride, layout, _size(value.storage_offset()))
+
+
+def _size(size: Any) -> int | str:
+    expression = torch_internals.size_to_expr(size)
+    return expression if _is_int(expression) else str(expression)
 
 
 def _is_int(size: Any) -> bool:
@@ -255,11 +262,9 @@ def _plan(reports: Sequence[Report], low: int, high: int, mode: str) -> WarmupPl
     versions: dict[str, str] = {}
     notes: dict[str, None] = {}
     for problem in problems:
-        if reason := compilers.uncovered(problem.implementation):
-            if target.arch != "cpu":  # where Triton's interpreter compiles nothing
-                notes[f"{problem.op} on {problem.implementation} is not covered: {reason}"] = None
-            continue
-        compiler = _compiler(problem.implementation)
+        compiler = compilers.enumerator(problem.op, problem.implementation)
+        if compiler is None or (compiler.name == "triton" and target.arch == "cpu"):
+            continue  # nothing is compiled: on a CPU Triton only interprets
         if reason := compiler.why_not(target):
             notes[f"{problem.op} on {problem.implementation} is not covered: {reason}"] = None
             continue
@@ -269,9 +274,11 @@ def _plan(reports: Sequence[Report], low: int, high: int, mode: str) -> WarmupPl
             found = compiler.kernels(problem, *rows, mode, target)
         except ValueError as unknown:
             notes[f"{problem.op} on {problem.implementation} is not covered: {unknown}"] = None
-            continue
+            found = unknown.kernels if isinstance(unknown, NotCovered) else ()
         kernels |= dict.fromkeys(found)
-        versions[problem.implementation] = compiler.version()
+    for kernel in kernels:
+        name = kernel.implementation
+        versions[name] = versions.get(name) or _compiler(name).version()
     return WarmupPlan(mode, low, high, target, tuple(kernels), versions, tuple(notes))
 
 
@@ -320,8 +327,15 @@ def _run(
     if load or (load is None and here):
         for name, compiler in known.items():
             compiler.load([kernel for kernel in plan.kernels if kernel.implementation == name])
+    _watch_triton()
     monitor.arm(strict)
     return outcome
+
+
+def _watch_triton() -> None:
+    """On a CPU Triton compiles nothing."""
+    if torch.cuda.is_available() and platform.has_triton() and not platform.triton_interpret():
+        monitor.watch_triton()
 
 
 @contextlib.contextmanager

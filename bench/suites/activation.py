@@ -95,6 +95,24 @@ def masked(tiny: bool) -> Iterator[Case]:
         )
 
 
+def fused(gate: Gate, scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
+    """A gate and a scheme at one size."""
+    # what a second pass reads, the first one wrote: that is no more than to read the halves again
+    moved = 4 * scheme.passes * tokens * width
+    return Case(
+        name=f"{gate.name}_{scheme.name}",
+        sizes={"tokens": tokens, "intermediate": width},
+        inputs=partial(scheme.inputs, shapes=[(tokens, 2 * width)]),
+        plain=partial(_quantized, gate=gate, scheme=scheme),
+        check=same,
+        op=f"{gate.name}_{scheme.op}",
+        op_args=partial(gate.fused_arguments, scheme=scheme),
+        fusion=scheme.fusion(tokens, gate.name),
+        moved_bytes=moved + scheme.out_bytes(tokens, width),
+        targets=targets,
+    )
+
+
 def cases(tiny: bool = False) -> Iterator[Case]:
     width = 256 if tiny else 2048
     yield from masked(tiny)
@@ -114,18 +132,5 @@ def cases(tiny: bool = False) -> Iterator[Case]:
         for scheme in FUSED:
             all_of_them = gate.plain is silu_mul and scheme is GROUP
             for tokens in (4,) if tiny else (*(DECODE if all_of_them else FEW), 16384):
-                # what a second pass reads, the first one wrote: that is no more than to read the halves again
-                moved = 4 * scheme.passes * tokens * width
                 large, small = Target("of_copy", scheme.of_copy[1]), Target("of_inductor", 0.97)
-                yield Case(
-                    name=f"{gate.name}_{scheme.name}",
-                    sizes={"tokens": tokens, "intermediate": width},
-                    inputs=partial(scheme.inputs, shapes=[(tokens, 2 * width)]),
-                    plain=partial(_quantized, gate=gate, scheme=scheme),
-                    check=same,
-                    op=f"{gate.name}_{scheme.op}",
-                    op_args=partial(gate.fused_arguments, scheme=scheme),
-                    fusion=f"{gate.name}_{scheme.op}",
-                    moved_bytes=moved + scheme.out_bytes(tokens, width),
-                    targets=(large if tokens == 16384 else small,),
-                )
+                yield fused(gate, scheme, tokens, width, large if tokens == 16384 else small)

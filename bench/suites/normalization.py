@@ -38,20 +38,41 @@ def _op_args(*inputs: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*inputs, EPS), {}
 
 
+def _shapes(norm: Callable[..., Any], tokens: int, hidden: int) -> list[tuple[int, ...]]:
+    return [*[(tokens, hidden)] * (1 + (norm is add_rms_norm)), (hidden,)]
+
+
+def fused(
+    norm: Callable[..., Any], scheme: Scheme, tokens: int, hidden: int, *targets: Target
+) -> Case:
+    """A norm and a scheme at one size."""
+    row = 2 * tokens * hidden
+    # a second pass reads the sum that the first one wrote, or else x again
+    moved = (3 if norm is add_rms_norm else 1) * row + (scheme.passes - 1) * row + 2 * hidden
+    return Case(
+        name=f"{norm.__name__}_{scheme.name}",
+        sizes={"tokens": tokens, "hidden": hidden},
+        inputs=partial(scheme.inputs, shapes=_shapes(norm, tokens, hidden)),
+        plain=partial(_quantized, norm=norm, scheme=scheme),
+        check=same,
+        op=f"{norm.__name__}_{scheme.op}",
+        op_args=partial(scheme.arguments, numbers=(EPS,)),
+        fusion=scheme.fusion(tokens, norm.__name__),
+        moved_bytes=moved + scheme.out_bytes(tokens, hidden),
+        targets=targets,
+    )
+
+
 def cases(tiny: bool = False) -> Iterator[Case]:
     hidden = 256 if tiny else 7168
     for norm in (rms_norm, add_rms_norm):
         adds = norm is add_rms_norm
-
-        def shapes(tokens: int, adds: bool = adds) -> list[tuple[int, ...]]:
-            return [*[(tokens, hidden)] * (1 + adds), (hidden,)]
-
         for tokens in (4,) if tiny else (*DECODE, 16384):
             row = 2 * tokens * hidden
             yield Case(
                 name=norm.__name__,
                 sizes={"tokens": tokens, "hidden": hidden},
-                inputs=partial(activations, shapes=shapes(tokens)),
+                inputs=partial(activations, shapes=_shapes(norm, tokens, hidden)),
                 plain=norm,
                 check=same,
                 op=norm.__name__,
@@ -61,19 +82,5 @@ def cases(tiny: bool = False) -> Iterator[Case]:
             )
         for scheme in FUSED:
             for tokens in (4,) if tiny else (*(DECODE if scheme is GROUP else FEW), 16384):
-                row = 2 * tokens * hidden
-                # a second pass reads the sum that the first one wrote, or else x again
-                moved = (3 if adds else 1) * row + (scheme.passes - 1) * row + 2 * hidden
                 large, small = Target("of_copy", scheme.of_copy[1]), Target("of_inductor", 0.97)
-                yield Case(
-                    name=f"{norm.__name__}_{scheme.name}",
-                    sizes={"tokens": tokens, "hidden": hidden},
-                    inputs=partial(scheme.inputs, shapes=shapes(tokens)),
-                    plain=partial(_quantized, norm=norm, scheme=scheme),
-                    check=same,
-                    op=f"{norm.__name__}_{scheme.op}",
-                    op_args=partial(scheme.arguments, numbers=(EPS,)),
-                    fusion=f"{norm.__name__}_{scheme.op}",
-                    moved_bytes=moved + scheme.out_bytes(tokens, hidden),
-                    targets=(large if tokens == 16384 else small,),
-                )
+                yield fused(norm, scheme, tokens, hidden, large if tokens == 16384 else small)

@@ -15,8 +15,6 @@ from bench.case import DECODE, Case, Inputs, Target, activations, same
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 FEW = (1, 16, 256)
 """Token counts of what is fused: fewer than DECODE, for there are many of them."""
-GRID_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
-GRID_WIDTHS = (1024, 2048, 4096, 5120, 7168, 8192, 14336)
 
 
 def group_quant(x: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
@@ -110,6 +108,11 @@ class Scheme:
     def out_bytes(self, tokens: int, width: int) -> int:
         return tokens * width + self.scales(tokens, width)
 
+    def fusion(self, tokens: int, producer: str = "") -> str:
+        """The fusion that finds it, after a producer or alone: the whole of one token is what one token has."""
+        op = "token_quant" if self.op == "tensor_quant" and tokens == 1 else self.op
+        return f"{producer}_{op}" if producer else op
+
 
 def _one(tokens: int, width: int) -> int:
     return 4
@@ -161,7 +164,7 @@ SCHEMES = (GROUP, GROUP_INT8, TOKEN, TOKEN_INT8, TENSOR, STATIC)
 FUSED = (GROUP, TOKEN, TOKEN_INT8, TENSOR, STATIC)
 
 
-def case(scheme: Scheme, tokens: int, width: int, target: Target) -> Case:
+def case(scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
     """A scheme alone at one size."""
     return Case(
         name=scheme.name,
@@ -171,9 +174,9 @@ def case(scheme: Scheme, tokens: int, width: int, target: Target) -> Case:
         check=same,
         op=scheme.op,
         op_args=scheme.arguments,
-        fusion=scheme.op,
+        fusion=scheme.fusion(tokens),
         moved_bytes=2 * scheme.passes * tokens * width + scheme.out_bytes(tokens, width),
-        targets=(target,),
+        targets=targets,
     )
 
 
@@ -193,6 +196,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
             check=same,
             op="token_quant_asymmetric",
             op_args=lambda x: ((x,), {"min_scale": 1e-5}),
+            fusion="token_quant_asymmetric",
             moved_bytes=(3 * hidden + 5) * tokens,
         )
     rows = 256 if tiny else 7168
@@ -204,12 +208,6 @@ def cases(tiny: bool = False) -> Iterator[Case]:
         check=same,
         op="block_quant",
         op_args=lambda x: ((x,), {}),
+        fusion="block_quant",
         moved_bytes=3 * rows * hidden,
     )
-
-
-def grid(scheme: Scheme) -> Iterator[Case]:
-    """A scheme at every size of the heat map. No part of the suite: 63 compilations each."""
-    for width in GRID_WIDTHS:
-        for tokens in GRID_TOKENS:
-            yield case(scheme, tokens, width, Target("of_inductor", 0.97))

@@ -18,13 +18,15 @@ from bench.case import Case, Inputs, Target, activation, close
 from bench.suites.layer import FULL, models
 
 TOKENS = (1, 16, 256, 4096)
+SCHEMES = ("float8_per_row", "float8_per_tensor", "float8_per_block", "int8", "int8_asymmetric")
+"""Each is a part of its case's name: `bench run --suite torchao --case int8( --tokens 16` selects one."""
 
 
 def schemes() -> dict[str, Callable[[], Any]]:
     """Constructors of torchao's configurations, by the name of the case."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig as Float8
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig as Int8
-    from torchao.quantization import PerRow, PerTensor
+    from torchao.quantization import MappingType, PerRow, PerTensor
     from torchao.quantization.granularity import PerBlock
 
     return {
@@ -32,6 +34,7 @@ def schemes() -> dict[str, Callable[[], Any]]:
         "float8_per_row": lambda: Float8(granularity=PerRow()),
         "float8_per_block": lambda: Float8(granularity=[PerBlock([1, 128]), PerBlock([128, 128])]),
         "int8": Int8,
+        "int8_asymmetric": lambda: Int8(act_mapping_type=MappingType.ASYMMETRIC, version=2),
     }
 
 
@@ -58,7 +61,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
     hidden, intermediate = FULL["hidden"], FULL["intermediate"]
     kv = hidden * FULL["kv_heads"] // FULL["heads"]
     parameters = hidden * (2 * hidden + 2 * kv) + 3 * hidden * intermediate
-    for scheme in ("float8_per_row", "float8_per_tensor", "float8_per_block", "int8"):
+    for scheme in SCHEMES:
         for tokens in TOKENS:
             yield Case(
                 name=f"llama_layer_torchao_{scheme}",

@@ -142,11 +142,65 @@ struct ClampedSwiglu {
   }
 };
 
+// ---- few gates ------------------------------------------------------------------------------------------------------
+// A launch begins by reading its parameters, a line of constants at a time, and then waits for its only loads: few
+// parameters, all in one line, a row of blocks to a row, and nothing to divide. Inductor's kernels are no longer.
+
+constexpr int64_t kFlatGates = int64_t{1} << 22;
+constexpr int64_t kMostFlatRows = 65535;
+
+// Gates of [rows, vecs of N], from rows `stride` apart. To: ready() loads what put() needs beside the values.
+template <typename T, int N, typename Function, bool Interleaved, typename To>
+__global__ void __launch_bounds__(kThreads)
+    flat_gates_kernel(const T* gate, const T* up, To to, uint32_t stride, uint32_t vecs, Function function) {
+  const uint32_t vec = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;
+  if (vec >= vecs) return;
+  typename Gated<T, Function, Interleaved>::template Raw<N> raw[1];
+  const uint32_t row = blockIdx.y * stride;
+  if constexpr (Interleaved) {
+    const T* const p = gate + row + vec * (2 * N);
+    deinterleave(load_const<T, N>(p), load_const<T, N>(p + N), raw[0].gate, raw[0].up);
+  } else {
+    raw[0].gate = load_const<T, N>(gate + row + vec * N);
+    raw[0].up = load_const<T, N>(up + row + vec * N);
+  }
+  const auto ready = to.ready();
+  Vec<T, N> v[1];
+  function(raw, v);
+  to.put(v[0], (blockIdx.y * vecs + vec) * N, ready);
+}
+
+// Are there few enough gates, all of whose rows are equally far apart?
+template <typename From>
+bool flat_gates(const From& from, int64_t rows, int64_t cols) {
+  return rows * cols < kFlatGates && rows <= kMostFlatRows && from.vectorizable(cols) &&
+         from.gate.inner.divisor == 0 && from.up.inner.divisor == 0 && from.gate.stride == from.up.stride &&
+         from.gate.stride >= 0 && rows * from.gate.stride < INT32_MAX;
+}
+
+template <typename T, int N, typename Function, bool Interleaved, typename To>
+cudaError_t launch_flat_gates_of(const Gated<T, Function, Interleaved>& from, const To& to, int64_t rows, int64_t cols,
+                                 cudaStream_t stream) {
+  const uint32_t vecs = static_cast<uint32_t>(cols / N);
+  const dim3 grid((vecs + kThreads - 1) / kThreads, static_cast<unsigned>(rows));
+  flat_gates_kernel<T, N, Function, Interleaved, To><<<grid, kThreads, 0, stream>>>(
+      static_cast<const T*>(from.gate.data), static_cast<const T*>(from.up.data), to,
+      static_cast<uint32_t>(from.gate.stride), vecs, from.function);
+  return cudaGetLastError();
+}
+
 // Which shape of thread is fastest, measured on an H100 with silu; the values do not depend on it. Few elements: more
 // threads with less to do. Many: two rows, whose loads are under way together (4096 x 2048: 13.8 us, 14.1 with
 // one row, 14.8 with four).
 constexpr int64_t kFewGates = int64_t{1} << 18;
 constexpr int64_t kManyGates = int64_t{1} << 20;
+
+template <typename T, typename Function, bool Interleaved, typename To>
+cudaError_t launch_flat_gates(const Gated<T, Function, Interleaved>& from, const To& to, int64_t rows, int64_t cols,
+                              cudaStream_t stream) {
+  return rows * cols < kFewGates ? launch_flat_gates_of<T, 4>(from, to, rows, cols, stream)
+                                 : launch_flat_gates_of<T, 8>(from, to, rows, cols, stream);
+}
 
 template <typename T, typename From, typename To>
 cudaError_t launch_gated(const From& from, const To& to, int64_t rows, int64_t cols, cudaStream_t stream) {

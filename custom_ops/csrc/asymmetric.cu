@@ -95,7 +95,9 @@ struct RowAsymmetric {
     if (out.rule.scale_in_input) extent = round_to<T>(extent);
     Affine affine;
     affine.scale = scale_of<false, T>(extent, out.rule);
-    affine.zero_point = clamp_code(-128.0f - round_any(__fdiv_rn(low, affine.scale)));
+    float below = __fdiv_rn(low, affine.scale);
+    if (out.rule.scale_in_input) below = round_to<T>(below);
+    affine.zero_point = clamp_code(-128.0f - round_any(below));
     affine.quick = is_quick<false>(extent, affine.scale, out.rule);
     return affine;
   }

@@ -38,8 +38,8 @@ __device__ __forceinline__ float power_of_two(float scale) {
 
 // Is it the rule of nearly every launch: float8, scale amax / 448 as it comes, codes x / scale?
 inline bool is_usual(const QuantRule& r) {
-  return !r.int8 && r.code_mode == CodeMode::divide && r.scale_divides && !r.scale_in_input && !r.power_of_two &&
-         r.min_scale == 0.0f;
+  return !r.int8 && r.code_mode == CodeMode::divide && r.scale_divides && !r.scale_in_input && !r.or_one &&
+         !r.power_of_two && r.min_scale == 0.0f;
 }
 
 // The rule of a launch, with what a usual one is known to hold as constants. A branch that all threads take alike is
@@ -55,6 +55,7 @@ __device__ __forceinline__ QuantRule known(const QuantRule& given) {
     rule.int8 = false;
     rule.scale_divides = true;
     rule.scale_in_input = false;
+    rule.or_one = false;
     rule.power_of_two = false;
   }
   return rule;
@@ -62,6 +63,7 @@ __device__ __forceinline__ QuantRule known(const QuantRule& given) {
 
 template <bool Quick, typename T>
 __device__ __forceinline__ float scale_of(float amax, const QuantRule& rule) {
+  if (rule.or_one) amax = amax > 0.0f ? amax : 1.0f;
   float scale = amax * rule.max_reciprocal;
   if (rule.scale_divides) {
     scale = Quick ? divide_by_reciprocal(amax, rule.max, rule.max_reciprocal) : __fdiv_rn(amax, rule.max);

@@ -60,6 +60,7 @@ struct QuantRule {
   bool int8;
   bool scale_divides;   // by max; otherwise multiplies with max_reciprocal
   bool scale_in_input;  // rounds scales to the dtype of x
+  bool or_one;          // an amax that is not above 0 counts as 1
   bool power_of_two;
 };
 

@@ -199,10 +199,11 @@ inline QuantRule quant_rule(const char* op, const QuantOptions& options, Dtype i
   rule.min_scale = static_cast<float>(options.min_scale);
 
   const std::string& mode = options.scale_mode;
-  rule.scale_divides = mode == "divide" || mode == "divide_input";
   rule.scale_in_input = mode == "divide_input" || mode == "reciprocal_input";
-  if (!rule.scale_divides && !rule.scale_in_input && mode != "reciprocal") {
-    fail(op, "scale_mode must be 'divide', 'reciprocal', 'divide_input' or 'reciprocal_input', got '", mode, "'");
+  rule.or_one = mode == "divide_or_one" || mode == "reciprocal_or_one";
+  rule.scale_divides = mode == "divide" || mode == "divide_input" || mode == "divide_or_one";
+  if (!rule.scale_divides && !rule.scale_in_input && !rule.or_one && mode != "reciprocal") {
+    fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input' or '_or_one', got '", mode, "'");
   }
   if (options.code_mode == "divide") {
     rule.code_mode = CodeMode::divide;
@@ -291,7 +292,8 @@ inline QuantOut empty_groups(const Rows& x, const QuantOptions& options, const Q
   int64_t stride = raw.row_stride;
   for (int64_t d = dims - 2; d >= 0; --d) {
     sizes[d] = x.keep.sizes()[d];
-    strides[d] = stride;
+    const bool batch_of_one = sizes[d] == 1 && d < dims - 2 && options.layout != "row_major";  // see scales.py
+    strides[d] = batch_of_one ? raw.group_stride * (sizes[dims - 1] > 0 ? sizes[dims - 1] : 1) : stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
   QuantOut out{empty_contiguous(x.keep, options.dtype),

@@ -1,4 +1,4 @@
-"""The compilers by implementation. One for grouped products or FlashInfer's modules is added with `register`."""
+"""The compilers by implementation. One for FlashInfer's modules is added with `register`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from custom_ops.jit.kernel import Compiler
 _shipped = {
     "deep_gemm": "custom_ops.jit.deep_gemm:COMPILER",
     "cuda": "custom_ops.jit.cuda:COMPILER",
+    "triton": "custom_ops.jit.triton:COMPILER",
 }
-# Implementations that compile while they run, and that nobody can enumerate yet: a plan says so.
-_uncovered = {
-    "triton": "specializations of Triton kernels are not enumerated, the first call of each compiles it",
-}
+# Runs whatever PyTorch has.
+_NOTHING = "reference"
 _registered: dict[str, Compiler] = {}
 
 
@@ -33,13 +32,8 @@ def unregister(implementation: str) -> None:
     del _registered[implementation]
 
 
-def uncovered(implementation: str) -> str | None:
-    """Why the kernels of an implementation cannot be compiled ahead although it has some, or None."""
-    return None if implementation in _registered else _uncovered.get(implementation)
-
-
 def find(implementation: str) -> Compiler | None:
-    """The compiler of an implementation, or None where it compiles nothing while it runs."""
+    """The compiler of an implementation's kernels, or None if it has none."""
     if implementation in _registered:
         return _registered[implementation]
     if (target := _shipped.get(implementation)) is None:
@@ -48,3 +42,14 @@ def find(implementation: str) -> Compiler | None:
     compiler = getattr(importlib.import_module(module), name)
     assert isinstance(compiler, Compiler)
     return compiler
+
+
+def enumerator(op: str, implementation: str) -> Compiler | None:
+    """Who says which kernels an op reaches through an implementation; None where nothing is compiled.
+
+    The implementation's own compiler if it knows the op. If not, the op is traced: it may compile with any of them.
+    """
+    compiler = find(implementation)
+    if compiler is not None and compiler.knows(op):
+        return compiler
+    return None if implementation == _NOTHING else find("triton")

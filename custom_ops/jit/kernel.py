@@ -25,23 +25,27 @@ class Operand:
     """A tensor argument. A size or stride that the graph does not know is the text of its expression.
 
     layout: "column_major_tma" for scales that are certainly in that layout of `custom_ops.scales`, else "".
+    offset: elements from the start of the memory that it is a view of.
     """
 
     dtype: str
     shape: tuple[int | str, ...]
     stride: tuple[int | str, ...]
     layout: str = ""
+    offset: int | str = 0
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Operand:
-        return cls(data["dtype"], tuple(data["shape"]), tuple(data["stride"]), data["layout"])
+        shape, stride = tuple(data["shape"]), tuple(data["stride"])
+        return cls(data["dtype"], shape, stride, data["layout"], data.get("offset", 0))
 
 
 @dataclass(frozen=True)
 class Problem:
     """One node of a graph that runs a JIT-compiled implementation.
 
-    arguments: the op's, in the order of its schema: an Operand for a tensor, numbers and names as they are.
+    arguments: the op's, in the order of its schema: an Operand for a tensor, a tuple for a list, numbers and names
+    as they are.
     rows: smallest and largest product of the leading dimensions of the first argument, as far as the graph
     says; None for no upper bound. symbolic: whether that product is a range at all.
     """
@@ -70,12 +74,15 @@ class Problem:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Problem:
-        arguments = tuple(
-            Operand.from_json(each) if isinstance(each, Mapping) else each
-            for each in data["arguments"]
-        )
         low, high = data["rows"]
+        arguments = _argument_from_json(data["arguments"])
         return cls(data["op"], data["implementation"], arguments, (low, high), data["symbolic"])
+
+
+def _argument_from_json(data: Any) -> Any:
+    if isinstance(data, (list, tuple)):
+        return tuple(_argument_from_json(each) for each in data)
+    return Operand.from_json(data) if isinstance(data, Mapping) else data
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,11 @@ class Kernel:
 
     @property
     def label(self) -> str:
-        """A name for progress bars and messages."""
-        return f"{self.implementation}({', '.join(f'{k}={v}' for k, v in self.spec)})"
+        """A name for progress bars and messages. A spec that fills no line is named by its function and a hash."""
+        text = ", ".join(f"{name}={value}" for name, value in self.spec)
+        if function := dict(self.spec).get("function"):
+            text = f"{function} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{self.implementation}({text})"
 
     def __getitem__(self, name: str) -> Any:
         return dict(self.spec)[name]
@@ -126,6 +136,14 @@ class Kernel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Kernel:
         return cls.of(data["op"], data["implementation"], data["spec"], **data["example"])
+
+
+class NotCovered(ValueError):
+    """A problem compiles more than can be named; `kernels` is what can be."""
+
+    def __init__(self, why: str, kernels: Iterable[Kernel] = ()) -> None:
+        super().__init__(why)
+        self.kernels = tuple(kernels)
 
 
 class Compiler(abc.ABC):
@@ -146,13 +164,18 @@ class Compiler(abc.ABC):
         """Why it can neither enumerate nor compile here, or None."""
         return None
 
+    def knows(self, op: str) -> bool:
+        """Whether it can say which kernels an op reaches; of others they are found by `tracing`."""
+        return True
+
     @abc.abstractmethod
     def kernels(
         self, problem: Problem, low: int, high: int, mode: str, target: Target
     ) -> Iterable[Kernel]:
-        """The distinct kernels that low to high rows of a problem reach.
+        """The distinct kernels that low to high rows of a problem reach; those of other compilers as well.
 
-        mode: "full" for every reachable one, "relax" for those of the powers of two and tile boundaries.
+        mode: "full" for every reachable one, "relax" for those of the powers of two and tile boundaries. Raises
+        NotCovered, with what is known, or another ValueError for a problem of which nothing is.
         """
 
     @abc.abstractmethod

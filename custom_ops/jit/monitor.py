@@ -2,15 +2,18 @@
 
 An implementation asks here before it compiles: nothing is recorded until a warm-up has finished (`arm`).
 Then each compilation is an event, logged once per kernel; with `strict` it is an error before it starts. In a
-CUDA graph capture it is an error at any time.
+CUDA graph capture it is an error at any time. Triton asks through a hook (`watch_triton`), which sees the kernels of
+this package only: other people's are not ours to warm up, and Inductor's are compiled with their graph.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger("custom_ops.jit")
 
@@ -30,11 +33,15 @@ class JitEvent:
     time: float
 
 
+# Modules whose Triton kernels are watched.
+WATCHED = ("custom_ops.",)
+
 _guard = threading.Lock()
 _events: list[JitEvent] = []
 _logged: set[str] = set()
 _armed = False
 _strict = False
+_watching = False
 
 
 def arm(strict: bool = False) -> None:
@@ -84,3 +91,47 @@ def record(op: str, implementation: str, sizes: str, kernel: str) -> None:
         _logged.add(f"{implementation} {kernel}")
     if not known:
         log.warning("%s: %s compiles %s for %s after warm-up", op, implementation, kernel, sizes)
+
+
+def watch_triton() -> None:
+    """Ask here before one of our Triton kernels compiles, from now on. Imports Triton."""
+    global _watching
+    with _guard:
+        if _watching:
+            return
+        _watching = True
+    from custom_ops.jit import triton_internals
+
+    triton_internals.watch(_triton_compiles)
+
+
+def _triton_compiles(kernel: str, specialization: str) -> None:
+    import torch
+
+    if not kernel.startswith(WATCHED):
+        return
+    op, sizes = calling()
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise JitError(
+            f"{op}: Triton has not compiled {kernel} for {sizes} yet, which must not happen while a CUDA graph is "
+            "captured; warm up (fusion_passes.warmup), or run the op once with these sizes, before the capture"
+        )
+    compiling(op, "triton", sizes, specialization)
+
+
+def calling() -> tuple[str, str]:
+    """The op of this package that this thread is in, and the sizes it was called with: of the innermost one."""
+    from custom_ops.library import Op
+
+    code = Op.kernel.__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            op, args = frame.f_locals["self"], frame.f_locals["args"]
+            return op.name, ", ".join(filter(None, map(_size_of, op.signature.parameters, args)))
+        frame = frame.f_back  # type: ignore[assignment]
+    return "custom_ops", "unknown sizes"
+
+
+def _size_of(name: str, value: Any) -> str:
+    return f"{name}={list(value.shape)}" if hasattr(value, "shape") else ""

@@ -27,10 +27,12 @@ def token_quant_asymmetric(
     [..., 1], all contiguous, such that x is about (q - zero_point) * scale:
 
         low, high  = min(amin x, 0), max(amax x, 0)
-        scale      = (high - low) / 255, by scale_mode; in the modes ending in _input the difference is rounded too
+        scale      = (high - low) / 255, by scale_mode
         zero_point = clamp(-128 - round(fl(low / scale)), -128, 127)
         q          = clamp(round(v) + zero_point, -128, 127)        v of x and scale by code_mode
 
+    In the modes ending in _input, high - low and low / scale are rounded to the dtype of x too, which is what torchao's
+    asymmetric int8 activations compute, with min_scale 2^-23 and code_mode "reciprocal_input".
     round() goes to nearest even, and is 0 for NaN: a token of zeros has scale min_scale, zero point and codes
     -128. Every implementation equals the reference bit for bit. Raises ValueError for another dtype, K of 0 or
     another value of a keyword.

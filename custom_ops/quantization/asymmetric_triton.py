@@ -53,7 +53,10 @@ def _token(
     if SCALE_MODE == "divide_input" or SCALE_MODE == "reciprocal_input":
         extent = to_float32(round_to(extent, T))
     scale = divide_by(extent, 255.0, min_scale, T, SCALE_MODE)
-    zero = -128 - nearest_integer(tl.div_rn(minus_low * -1.0, scale))
+    below = tl.div_rn(minus_low * -1.0, scale)
+    if SCALE_MODE == "divide_input" or SCALE_MODE == "reciprocal_input":
+        below = to_float32(round_to(below, T))
+    zero = -128 - nearest_integer(below)
     zero = tl.minimum(tl.maximum(zero, -128), 127)
     end = TILE if ONE_TILE else size
     for start in range(0, end, TILE):

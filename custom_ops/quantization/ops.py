@@ -9,7 +9,7 @@ The keywords are the same wherever they appear, and `custom_ops.scales` says wha
 | dtype        | torch.float8_e4m3fn, torch.int8                       | dtype of the codes                |
 | scale_format | float32, ue8m0, ue8m0_packed                          | what a scale is                   |
 | min_scale    | a finite number >= 0                                  | lower bound of a scale            |
-| scale_mode   | divide, reciprocal, divide_input, reciprocal_input    | how a scale comes of amax         |
+| scale_mode   | divide, reciprocal, each alone or with _input, _or_one | how a scale comes of amax        |
 | code_mode    | divide, reciprocal, reciprocal_input                  | how a code comes of x and a scale |
 """
 

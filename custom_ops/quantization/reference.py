@@ -108,7 +108,9 @@ def token_quant_asymmetric(
     high = x.amax(-1, keepdim=True).clamp(min=0)
     extent = high - low if scale_mode.endswith("_input") else high.float() - low.float()
     scale = divide_by(extent, 255.0, x.dtype, min_scale, scale_mode)
-    zero_point = (-128 - integers(low.float() / scale)).clamp(-128, 127)
+    below = low.float() / scale
+    below = below.to(x.dtype).float() if scale_mode.endswith("_input") else below
+    zero_point = (-128 - integers(below)).clamp(-128, 127)
     codes = (integers(quotients(x, scale, code_mode)) + zero_point).clamp(-128, 127)
     q, zero = codes.to(torch.int8), zero_point.to(torch.int8)
     return to_contiguous(q), to_contiguous(scale), to_contiguous(zero)
@@ -136,6 +138,8 @@ def divide_by(
     # off for some values; a division by a tensor is IEEE division everywhere.
     divisor = torch.full((), number, dtype=torch.float32, device=extent.device)
     wide = extent.float()
+    if scale_mode.endswith("_or_one"):
+        wide = torch.where(wide > 0, wide, 1.0)
     scale = wide / divisor if scale_mode.startswith("divide") else wide * divisor.reciprocal()
     in_input = scale_mode.endswith("_input")
     if in_input:

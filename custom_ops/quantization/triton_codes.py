@@ -61,7 +61,9 @@ def power_of_two(scale):
 def divide_by(extent, NUMBER: tl.constexpr, min_scale, T: tl.constexpr, SCALE_MODE: tl.constexpr):
     """float32 extents [groups] / NUMBER by SCALE_MODE, and their lower bound."""
     number = tl.full(extent.shape, NUMBER, tl.float32)
-    if SCALE_MODE == "divide" or SCALE_MODE == "divide_input":
+    if SCALE_MODE == "divide_or_one" or SCALE_MODE == "reciprocal_or_one":
+        extent = tl.where(extent > 0.0, extent, 1.0)
+    if SCALE_MODE == "divide" or SCALE_MODE == "divide_input" or SCALE_MODE == "divide_or_one":
         scale = tl.div_rn(extent, number)
     else:
         scale = extent * tl.div_rn(tl.full(extent.shape, 1.0, tl.float32), number)

@@ -16,8 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor as T
 
 import custom_ops
+from fusion_passes.canonical.asymmetric_quantizations import ASYMMETRIC
 from fusion_passes.canonical.marks import meaning
-from fusion_passes.canonical.quantizations import DYNAMIC, STATIC
+from fusion_passes.canonical.quantizations import (
+    BLOCKS,
+    CALIBRATED,
+    DYNAMIC,
+    POWER_OF_TWO,
+    STATIC,
+)
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, Tensor
 from fusion_passes.rewriting import Rewrite
 
@@ -177,6 +184,11 @@ MEANINGS = (
         ),
         signature="aten.sigmoid.default",
     ),
+    ASYMMETRIC,
+    POWER_OF_TWO,
     DYNAMIC,
     STATIC,
+    BLOCKS,
 )
+SHORT_CUTS = (CALIBRATED,)
+"""What is recognized before MEANINGS to spare their patterns; why something is none of these is no news."""

@@ -3,13 +3,16 @@
     float, abs, amax, clamp, div, div, clamp, cast   ->   group_quant(x, group_size, min_amax, arithmetic)
 
 One token is one group where the group is the whole row. Sources of the spellings: torchao 0.17 (Float8 and Int8
-dynamic activations), the quantization of DeepSeek-V3 in plain PyTorch, and model code on the Hugging Face hub.
+dynamic activations), transformers' compressed-tensors linears, the quantization of DeepSeek-V3 and of DeepGEMM in plain
+PyTorch, and model code on the Hugging Face hub. What has a zero point is in `asymmetric_quantizations`.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor as T
@@ -18,13 +21,15 @@ from torch import fx
 import custom_ops
 from fusion_passes import index_map
 from fusion_passes.arithmetic import MAX, Arithmetic
+from fusion_passes.canonical import spellings
 from fusion_passes.canonical.marks import meaning
+from fusion_passes.canonical.spellings import FP8, INT8, Int8InInputDtype, Spelling
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.matching import Match
 from fusion_passes.operations import shape_of
-from fusion_passes.rewriting import Rewrite
+from fusion_passes.rewriting import NotRewritten, Rewrite
 
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
+BLOCK = custom_ops.scales.BLOCK
 
 
 def _fake_group_quant(
@@ -56,7 +61,19 @@ def _fake_tensor_quant_static(x: T, scale: T, arithmetic: Arithmetic) -> T:
 
 @meaning("rowwise", _fake_tensor_quant_static)
 def tensor_quant_static(x: T, scale: T, arithmetic: Arithmetic) -> T:
-    return _reference("tensor_quant_static", arithmetic, x, scale)
+    op = custom_ops.ops()["tensor_quant_static"]
+    return op.reference(x, scale, **op.defaults | arithmetic.arguments("dtype", "code_mode"))
+
+
+def _fake_block_quant(x: T, min_amax: float, arithmetic: Arithmetic) -> tuple[T, T]:
+    blocks = [-(-size // BLOCK) for size in x.shape]
+    q = torch.empty(x.shape, dtype=arithmetic.dtype, device=x.device)
+    return q, torch.empty(blocks, dtype=torch.float32, device=x.device)
+
+
+@meaning("opaque", _fake_block_quant)
+def block_quant(x: T, min_amax: float, arithmetic: Arithmetic) -> tuple[T, T]:
+    return _reference("block_quant", arithmetic, x, min_amax=float(min_amax))
 
 
 def _reference(op: str, arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> Any:
@@ -64,131 +81,9 @@ def _reference(op: str, arithmetic: Arithmetic, *args: Any, **kwargs: Any) -> An
     return declared.reference(*args, **declared.defaults | kwargs | arithmetic.arguments())
 
 
-class Spelling(NamedTuple):
-    """One way to write a dynamic symmetric quantization.
-
-    bound: what has a lower bound: "" nothing, "amax" or "scale". cast: where values become float32 on the way to the
-    largest magnitude, which is the same number: "first", "after abs" or "after amax". by: what makes the scale: a
-    division by a "number", which eager on a GPU turns into a product, or by a "tensor" of no dimensions, or a product
-    with the "reciprocal". input_scale: the scale is rounded to the dtype of the input. inverse: values are multiplied
-    by the scale's reciprocal. clamp_codes: before the cast (the codes are the same without: none rounds beyond the
-    end).
-    """
-
-    dtype: torch.dtype
-    bound: str = ""
-    cast: str = "first"
-    by: str = "number"
-    input_scale: bool = False
-    inverse: bool = False
-    clamp_codes: bool = True
-
-    def __str__(self) -> str:
-        said = {
-            str(self.dtype).removeprefix("torch."): True,
-            f"clamped {self.bound}": bool(self.bound),
-            f"cast {self.cast}": self.cast != "first",
-            f"by {self.by}": self.by != "number",
-            "16-bit scale": self.input_scale,
-            "multiplied by the reciprocal": self.inverse,
-            "unclamped codes": not self.clamp_codes,
-        }
-        return ", ".join(word for word, on in said.items() if on)
-
-    def arithmetic(self, match: Match) -> Arithmetic:
-        """What it computes on the device of the match."""
-        # eager on a GPU divides by a number as it multiplies by the rounded reciprocal: the scales are one rounding off
-        # then, and as 16-bit values over one another often lie on a tie, one code in a thousand
-        divides = self.by == "tensor" or (self.by == "number" and match.device.type == "cpu")
-        scale_mode = ("divide" if divides else "reciprocal") + "_input" * self.input_scale
-        code_mode = "reciprocal" if self.inverse else "divide"
-        bound = match.scalars["bound"] if self.bound == "scale" else 0.0
-        assert isinstance(bound, (int, float))
-        return Arithmetic(self.dtype, scale_mode, code_mode, float(bound))
-
-    def quantize(self, x: T, amax: T, bound: float, lower: float, upper: float) -> tuple[T, T]:
-        """Codes and scale of x in plain PyTorch, given the largest magnitudes before any bound."""
-        amax = amax.clamp(min=bound) if self.bound == "amax" else amax
-        largest = MAX[self.dtype]
-        if self.by == "reciprocal":
-            scale = (amax * (1.0 / largest)).float()
-        else:
-            scale = (
-                amax / (amax.new_full((), largest) if self.by == "tensor" else largest)
-            ).float()
-        scale = scale.clamp(min=bound) if self.bound == "scale" else scale
-        return self.codes(x, scale, lower, upper), scale
-
-    def codes(self, x: T, scale: T, lower: float, upper: float) -> T:
-        codes = x.float() * (1.0 / scale) if self.inverse else x.float() / scale
-        codes = codes.round() if self.dtype is INT8 else codes
-        codes = codes.clamp(lower, upper) if self.clamp_codes else codes
-        return codes.to(self.dtype)
-
-    def largest(self, x: T, dims: int | None) -> T:
-        """The largest magnitude over a dimension that is kept, or over everything."""
-        magnitudes = x.float().abs() if self.cast == "first" else x.abs()
-        magnitudes = magnitudes.float() if self.cast == "after abs" else magnitudes
-        amax = magnitudes.amax() if dims is None else magnitudes.amax(dims, keepdim=True)
-        return amax if self.input_scale else amax.float()
-
-    def inputs(self, x: Tensor, **more: Any) -> dict[str, Any]:
-        bound = {"bound": Scalar()} if self.bound else {}
-        clamp = {"lower": Scalar(), "upper": Scalar()} if self.clamp_codes else {}
-        return {"x": x, **more, **bound, **clamp}
-
-
-class Int8InInputDtype:
-    """torchao's int8 dynamic quantization per token, whose every step is rounded to the dtype of the input.
-
-    The largest magnitude is written as that of an asymmetric one would be, with a zero point of 0.
-    """
-
-    bound = "scale"
-
-    def __str__(self) -> str:
-        return "int8, rounded to 16 bits throughout"
-
-    def arithmetic(self, match: Match) -> Arithmetic:
-        scale_mode = "divide_input" if match.device.type == "cpu" else "reciprocal_input"
-        bound = match.scalars["bound"]
-        assert isinstance(bound, (int, float))
-        return Arithmetic(INT8, scale_mode, "reciprocal_input", float(bound))
-
-    def quantize(self, x: T, bound: float, lower: float, upper: float) -> tuple[T, T]:
-        zeros = torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
-        smallest = torch.minimum(x.amin(-1), zeros)
-        largest = torch.maximum(x.amax(-1), zeros)
-        scale = torch.maximum(-smallest, largest) / MAX[INT8]
-        scale = scale.float().clamp(min=bound).to(x.dtype).unsqueeze(-1)
-        codes = (x * (1.0 / scale)).round() + zeros.unsqueeze(-1)
-        return codes.float().clamp(lower, upper).to(x.dtype).to(INT8), scale
-
-    def inputs(self, x: Tensor) -> dict[str, Any]:
-        return {"x": x, "bound": Scalar(), "lower": Scalar(), "upper": Scalar()}
-
-
-def _spellings() -> list[Spelling]:
-    """All of them, the usual ones first, as a pattern is traced when its turn comes."""
-    usual = Spelling(FP8, "amax")
-    every = [
-        Spelling(dtype, bound, cast, by, False, inverse, clamp)
-        for dtype, bound, cast, by, inverse, clamp in itertools.product(
-            (FP8, INT8),
-            ("amax", "", "scale"),
-            ("first", "after abs", "after amax"),
-            ("number", "tensor", "reciprocal"),
-            (False, True),
-            (True, False),
-        )
-    ]
-    every.sort(key=lambda spelling: sum(a != b for a, b in zip(spelling, usual, strict=True)))
-    # torchao's float8: the largest magnitude of 16-bit values is a 16-bit value, and so is the scale
-    return [Spelling(FP8, cast="after amax", input_scale=True), *every]
-
-
 _ROWS = Tensor("num_tokens", "hidden_size")
 _GROUPS = Tensor("num_tokens", "num_groups * group_size")
+_BLOCKS = Tensor(f"num_row_blocks * {BLOCK}", f"num_column_blocks * {BLOCK}")
 
 
 def _group_pattern(spelling: Spelling) -> Pattern:
@@ -208,6 +103,43 @@ def _tensor_pattern(spelling: Spelling) -> Pattern:
 
     constants = {"spelling": spelling, "kind": "tensor"}
     return Pattern(fn, spelling.inputs(_ROWS), constants, f"per tensor, {spelling}")
+
+
+def _row_patterns(spelling: Spelling) -> list[Callable[[Spelling], Pattern]]:
+    """Per tensor first: over several tokens it is also one group of one long token."""
+    # the scale of a tensor has no dimensions, and promotes nothing
+    return [_group_pattern] if spelling.promoted else [_tensor_pattern, _group_pattern]
+
+
+def _block_pattern(spelling: Spelling) -> Pattern:
+    def fn(x: T, bound: float = 0.0, lower: float = 0.0, upper: float = 0.0) -> Any:
+        blocks = x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        return spelling.quantize(blocks, spelling.largest(blocks, (1, 3)), bound, lower, upper)
+
+    constants = {"spelling": spelling, "kind": "block"}
+    return Pattern(fn, spelling.inputs(_BLOCKS), constants, f"per block, {spelling}")
+
+
+def _bits_pattern() -> Pattern:
+    """DeepGEMM's power of two, from the bits of the scale: no meaning of ours, see _power_of_two_is_ours."""
+    spelling = Spelling(
+        FP8, "amax", "after abs", inverse=True, clamp_codes=False, power="bits", promoted=True
+    )
+
+    def fn(x: T, group_size: int, bound: float) -> Any:
+        groups = x.unflatten(-1, (-1, group_size))
+        scale = groups.abs().float().amax(-1).clamp(bound) / MAX[FP8]
+        bits = scale.abs().float().view(torch.int32)
+        exponent = ((bits >> 23) & 0xFF) + (bits & 0x7FFFFF).bool().int()
+        scale = (exponent.clamp(1, 254) << 23).view(torch.float32)
+        return spelling.codes(groups, scale.unsqueeze(-1), 0.0, 0.0), scale
+
+    inputs: dict[str, Any] = {
+        "x": _GROUPS,
+        "group_size": SizeOf("group_size"),
+        "bound": Scalar(),
+    }
+    return Pattern(fn, inputs, {"spelling": spelling, "kind": "group"}, f"per group, {spelling}")
 
 
 def _static_pattern(spelling: Spelling) -> Pattern:
@@ -236,6 +168,14 @@ def _rewrite_group(m: Rewrite) -> tuple[Any, ...]:
     return _as_spelt(m, m.emit(group_quant, m.tensor("x"), m.size("group_size"), *arguments))
 
 
+def _rewrite_block(m: Rewrite) -> tuple[Any, ...]:
+    x = m.tensor("x")
+    if len(shape_of(x)) != 2:
+        raise NotRewritten("the matrix that its blocks are of is not in the graph")
+    arithmetic = m.constants["spelling"].arithmetic(m.match)
+    return _as_spelt(m, m.emit(block_quant, x, _min_amax(m), arithmetic))
+
+
 def _rewrite_tensor(m: Rewrite) -> tuple[Any, ...]:
     spelling = m.constants["spelling"]
     arguments = (_min_amax(m), spelling.arithmetic(m.match))
@@ -248,6 +188,15 @@ def _rewrite_tensor(m: Rewrite) -> tuple[Any, ...]:
 
 def _min_amax(m: Rewrite) -> Any:
     return m.match.scalars["bound"] if m.constants["spelling"].bound == "amax" else 0.0
+
+
+def _rewrite_dynamic(m: Rewrite) -> tuple[Any, ...]:
+    rewrites: dict[str, Callable[[Rewrite], tuple[Any, ...]]] = {
+        "group": _rewrite_group,
+        "tensor": _rewrite_tensor,
+        "block": _rewrite_block,
+    }
+    return rewrites[m.constants["kind"]](m)
 
 
 def _as_spelt(m: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -289,6 +238,47 @@ def _within_tokens(match: Match) -> bool:
     )
 
 
+def _least_scale(match: Match) -> float | None:
+    """The scale of zeros in a quantization by powers of two, before it is raised to one; None if that is not known."""
+    spelling, bound = match.constants["spelling"], match.scalars.get("bound", 0.0)
+    if not isinstance(bound, (int, float)):
+        return None
+    return float(bound) if spelling.bound == "scale" else float(bound) / MAX[spelling.dtype]
+
+
+def _power_of_two_is_ours(match: Match) -> bool:
+    """Whether it is the power of two that `custom_ops` finds in the bits of the scale.
+
+    All largest magnitudes of 16 bits over 448 are powers of two, or so far from one that no rounding of a logarithm
+    matters; the least scale, a number of the user's, need not be.
+    """
+    if match.constants["spelling"].power == "bits":
+        return False
+    least = _least_scale(match)
+    if least is None or least < torch.finfo(torch.float32).tiny:
+        return False
+    exponent = math.log2(least)
+    return math.frexp(least)[0] == 0.5 or abs(exponent - round(exponent)) > 1e-4
+
+
+def _why_not_our_power_of_two(match: Match) -> str:
+    if match.constants["spelling"].power == "bits":
+        return (
+            "the power of two of Inf and of NaN is 2^127 in these bits, while the op has Inf and NaN; "
+            "exp2(ceil(log2(scale))) with a lower bound is the op's"
+        )
+    least = _least_scale(match)
+    if least is None:
+        return "a bound of its scale is known only at run time"
+    if least < torch.finfo(torch.float32).tiny:
+        return f"zeros have the scale {least:g} before it is a power of two; accepted: a bound from 2^-126 up"
+    return f"its least scale, {least:g}, is so close to a power of two that the logarithm decides which it is"
+
+
+def _is_input_of_the_graph(match: Match) -> bool:
+    return match.base("scale").op in ("placeholder", "get_attr")
+
+
 _CONSTRAINTS = (
     Constraint(_within_tokens, lambda match: "one group spans several tokens"),
     Constraint(
@@ -303,16 +293,27 @@ _CONSTRAINTS = (
         ),
     ),
 )
+POWER_OF_TWO = Fusion(  # before the others, whose spellings are many, and none of which it is
+    "power_of_two_quantization",
+    "Dynamic quantization to 8 bits by powers of two, per group, token or tensor",
+    0,
+    patterns=(
+        *(of(spelling) for spelling in spellings.powers_of_two() for of in _row_patterns(spelling)),
+        _bits_pattern(),
+    ),
+    rewrite=_rewrite_dynamic,
+    constraints=(*_CONSTRAINTS, Constraint(_power_of_two_is_ours, _why_not_our_power_of_two)),
+    signature="aten.log2.default aten.__lshift__.Scalar",
+)
 DYNAMIC = Fusion(
     "quantization",
     "Dynamic quantization to 8 bits, per group, token or tensor",
     0,
     patterns=(
         _torchao_int8(),
-        # per tensor first: over several tokens it is also one group of one long token
-        *(of(spelling) for spelling in _spellings() for of in (_tensor_pattern, _group_pattern)),
+        *(of(spelling) for spelling in spellings.symmetric() for of in _row_patterns(spelling)),
     ),
-    rewrite=lambda m: (_rewrite_tensor if m.constants["kind"] == "tensor" else _rewrite_group)(m),
+    rewrite=_rewrite_dynamic,
     constraints=_CONSTRAINTS,
     signature="cast",
     exclusive=True,
@@ -322,11 +323,28 @@ STATIC = Fusion(  # after the dynamic ones, which end in the same
     "Quantization to 8 bits by a given scale",
     0,
     patterns=tuple(
-        _static_pattern(Spelling(dtype, inverse=inverse))
+        _static_pattern(Spelling(dtype, inverse=inverse, promoted=promoted))
+        for promoted in (False, True)
         for dtype in (FP8, INT8)
         for inverse in (False, True)
     ),
     rewrite=_rewrite_static,
+    constraints=_CONSTRAINTS,
+    signature="cast",
+    exclusive=True,
+)
+CALIBRATED = dataclasses.replace(  # before the dynamic ones, none of which need then be traced for a calibrated model
+    STATIC,
+    name="calibrated_quantization",
+    summary="Quantization to 8 bits by a scale that the graph is given",
+    constraints=(Constraint(_is_input_of_the_graph, lambda match: ""), *_CONSTRAINTS),
+)
+BLOCKS = Fusion(  # last, as blocks are rare; those of one column of blocks look like groups that span tokens
+    "block_quantization",
+    f"Dynamic quantization to 8 bits per block of {BLOCK} x {BLOCK}",
+    0,
+    patterns=tuple(map(_block_pattern, spellings.of_blocks())),
+    rewrite=_rewrite_dynamic,
     constraints=_CONSTRAINTS,
     signature="cast",
     exclusive=True,

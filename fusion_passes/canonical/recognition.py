@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from fusion_passes import torch_internals
-from fusion_passes.canonical.meanings import MEANINGS
+from fusion_passes.canonical.meanings import MEANINGS, SHORT_CUTS
 from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Match, candidates, find
@@ -86,7 +86,7 @@ def recognize(
 ) -> list[Recognized]:
     """Put one node in the graph for each meaning. ``check`` says whether to, once both sides exist."""
     found = []
-    for meaning in MEANINGS:
+    for meaning in (*SHORT_CUTS, *MEANINGS):
         for root in _roots(graph, meaning):
             match = find(meaning, graph, root, canonical=False) if root.users else None
             if match is None or any(escapes(match.nodes.values(), match.outputs)):

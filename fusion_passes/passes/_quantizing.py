@@ -161,10 +161,8 @@ def _rewrite(m: Rewrite, producer: Producer, scheme: Scheme, name: str) -> tuple
     ]
     arithmetic = m.match.arithmetic
     assert arithmetic is not None
-    keywords = dict(m.constants) | scheme.keywords(m) | arithmetic.arguments()
-    if scheme.outputs == 1:
-        keywords.pop("scale_mode", None)
-        keywords.pop("min_scale", None)
+    names = ("dtype", "code_mode") if scheme.outputs == 1 else ()  # a given scale is as it is
+    keywords = dict(m.constants) | scheme.keywords(m) | arithmetic.arguments(*names)
     node = m.call(name, *_arguments(m, producer), *rest, **keywords)
     count = scheme.outputs + producer.residual
     return m.outputs_of(node, count) if count > 1 else (node,)
@@ -223,7 +221,7 @@ _SUPPORTED_GROUPS = Constraint(
         else f"groups of {match.sizes['group_size']}; supported: {', '.join(map(str, GROUP_SIZES))}"
     ),
 )  # fmt: skip
-_FINITE_MIN_AMAX = Constraint(
+FINITE_MIN_AMAX = Constraint(
     holds=lambda match: (
         isinstance(match.scalars["min_amax"], (int, float)) and match.scalars["min_amax"] >= 0
     ),
@@ -244,7 +242,7 @@ GROUP_QUANT = Scheme(
     _group_quant,
     lambda m: {"scale_layout": scale_layout(m.match), **_min_amax(m)},
     needs="group_quant",
-    constraints=(_SUPPORTED_GROUPS, _FINITE_MIN_AMAX),
+    constraints=(_SUPPORTED_GROUPS, FINITE_MIN_AMAX),
     arguments=("group_size",),
     scales="4*num_tokens*num_groups",
 )
@@ -255,7 +253,7 @@ TOKEN_QUANT = Scheme(
     _token_quant,
     _min_amax,
     needs="group_quant",
-    constraints=(_FINITE_MIN_AMAX,),
+    constraints=(FINITE_MIN_AMAX,),
     scales="4*num_tokens",
 )
 TENSOR_QUANT = Scheme(
@@ -265,7 +263,7 @@ TENSOR_QUANT = Scheme(
     _tensor_quant,
     _min_amax,
     needs="tensor_quant",
-    constraints=(_FINITE_MIN_AMAX,),
+    constraints=(FINITE_MIN_AMAX,),
     twice=True,
     scales="4",
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fusion_passes import index_map, torch_internals
-from fusion_passes.canonical import common_subexpressions, quantizations
+from fusion_passes.canonical import asymmetric_quantizations, common_subexpressions, quantizations
 from fusion_passes.fusion import Fusion
 from fusion_passes.operations import module_path, shape_of
 from fusion_passes.reporting import Site
@@ -21,6 +21,8 @@ _QUANTIZATIONS = (
     quantizations.group_quant,
     quantizations.tensor_quant,
     quantizations.tensor_quant_static,
+    quantizations.block_quant,
+    asymmetric_quantizations.token_quant_asymmetric,
 )
 
 

@@ -116,6 +116,8 @@ def assert_fusion_equivalent(
     more than :func:`fusion_passes.verify.difference` allows; no output is further from float64 than eager's; the
     rewritten graph has no copy that the original had not.
     """
+    if fn is None and not fusion.patterns:
+        raise ValueError(f"{fusion.name} has no patterns to make an example of: give fn")
     results = []
     if fn is not None:
         results.append(fuse(fn, *args, only=[fusion], dynamic=dynamic, **kwargs))
@@ -187,6 +189,8 @@ class _Float64(fx.Interpreter):
         )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if "grouped_mm" in str(target):  # no kernel of it takes float64
+            return _grouped_mm(*args, **kwargs)
         if target is torch.ops.prims.convert_element_type.default:
             value, dtype = args
             if dtype in _ROUNDING:
@@ -194,3 +198,15 @@ class _Float64(fx.Interpreter):
             if dtype is torch.float8_e4m3fn:
                 return value.float().to(dtype)
         return super().call_function(target, args, kwargs)
+
+
+def _grouped_mm(
+    rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    """Each run of rows, which end at ``offs``, times one matrix of [runs, in, out]."""
+    ends = offs.long().tolist()
+    runs = [
+        rows[start:end] @ weight[index] for index, (start, end) in enumerate(zip([0, *ends], ends))
+    ]
+    rest = rows.new_zeros(rows.shape[0] - (ends[-1] if ends else 0), weight.shape[-1])
+    return torch.cat([*runs, rest])

@@ -16,12 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from custom_ops.gemm import deep_gemm as op
-from custom_ops.jit import deep_gemm, monitor
-from custom_ops.jit.deep_gemm import COMPILER, choose, digest, kernel_of, tiles, transpose_of
-from custom_ops.jit.kernel import Operand, Problem, Target
+from custom_ops.jit import deep_gemm, deep_gemm_names, deep_gemm_tiles, monitor
+from custom_ops.jit.deep_gemm import COMPILER
+from custom_ops.jit.deep_gemm_names import code, digest, directory
+from custom_ops.jit.deep_gemm_tiles import Product, Tile, choose, tiles
+from custom_ops.jit.kernel import Kernel, Operand, Problem, Target
 from custom_ops.scales import empty_scale
+from tests.custom_ops.deep_gemm_stand_in import H100, build, calls, deep_gemm_package
 
-H100 = Target("9.0a", 132, "580.0", "an H100")
+package = deep_gemm_package
+
 sizes = {
     "m": st.integers(1, 20000),
     "n": st.integers(1, 4096).map(lambda n: 8 * n),
@@ -34,11 +38,18 @@ def _float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def cycles(tile: deep_gemm.Tile, m: int, n: int, k: int, multiprocessors: int) -> float:
+def kernel_of(m: int, n: int, k: int, multiprocessors: int) -> Kernel:
+    return deep_gemm_tiles.kernel_of(m, Product(n, k), multiprocessors)
+
+
+def cycles(tile: Tile, m: int, product: Product, multiprocessors: int) -> float:
     """The cost of a tile, in Python's integers, one problem at a time."""
+    n, k = product.n, product.k
     if tile.block_m in (16, 32) and m > tile.block_m:
         return float("inf")
     blocks = -(-m // tile.block_m) * -(-n // tile.block_n)
+    if product.kind == "masked":  # M of each group
+        blocks *= product.groups
     waves = -(-blocks // multiprocessors)
     if tile.cluster_m * tile.cluster_n > 1 and waves <= 1:
         return float("inf")
@@ -74,17 +85,27 @@ def problem(n: int, k: int, layout: str = "column_major_tma") -> Problem:
     )
 
 
-@given(**sizes)
-def test_the_choice_is_the_first_of_the_cheapest(m, n, k, multiprocessors) -> None:
-    costs = [cycles(tile, m, n, k, multiprocessors) for tile in tiles(k)]
-    assert costs.index(min(costs)) == int(choose(np.array([m]), n, k, multiprocessors)[0])
+@given(**sizes, kind=st.sampled_from(deep_gemm_tiles.KINDS), groups=st.integers(1, 256))
+def test_the_choice_is_the_first_of_the_cheapest(m, n, k, multiprocessors, kind, groups) -> None:
+    product = Product(n, k, kind, groups)
+    costs = [cycles(tile, m, product, multiprocessors) for tile in tiles(product)]
+    assert costs.index(min(costs)) == int(choose(np.array([m]), product, multiprocessors)[0])
+
+
+@given(n=sizes["n"], k=sizes["k"])
+def test_tiles_of_grouped_products_have_the_heights_that_their_layout_allows(n, k) -> None:
+    contiguous, masked = (tiles(Product(n, k, kind, 8)) for kind in ("contiguous", "masked"))
+    assert {tile.block_m for tile in contiguous} == {128}
+    assert {tile.block_m for tile in masked} <= {64, 128}
+    for tile in masked:  # a cluster does not reach over the end of a group
+        assert -(-n // tile.block_n) % (tile.cluster_m * tile.cluster_n) == 0
 
 
 @given(n=sizes["n"], k=sizes["k"], low=st.integers(1, 300), count=st.integers(0, 400))
 def test_full_is_exactly_what_the_range_reaches(n, k, low, count) -> None:
     found = set(COMPILER.kernels(problem(n, k), low, low + count, "full", H100))
     if k <= 128:
-        found.discard(transpose_of(1, n, k))
+        found.discard(deep_gemm_tiles.transpose_of(1, Product(n, k)))
     assert found == {kernel_of(m, n, k, 132) for m in range(low, low + count + 1)}
 
 
@@ -103,12 +124,12 @@ def test_an_example_reaches_its_kernel(n, k) -> None:
             assert kernel_of(**dict(kernel.example), multiprocessors=132) == kernel
 
 
-@given(k=sizes["k"])
-def test_every_tile_fits_into_shared_memory(k) -> None:
-    for tile in tiles(k):
+@given(n=sizes["n"], k=sizes["k"], kind=st.sampled_from(deep_gemm_tiles.KINDS))
+def test_every_tile_fits_into_shared_memory(n, k, kind) -> None:
+    for tile in tiles(Product(n, k, kind, 8)):
         stage = (tile.block_m + tile.block_n) * 128 + 4 * tile.block_m
         assert tile.stages >= 3
-        assert tile.stages * stage + 2 * tile.block_m * tile.block_n < deep_gemm.SHARED_MEMORY
+        assert tile.stages * stage + 2 * tile.block_m * tile.block_n < deep_gemm_tiles.SHARED_MEMORY
 
 
 def test_layers_of_llama_3_8b_share_their_kernels() -> None:
@@ -125,63 +146,11 @@ def test_scales_that_have_to_be_transposed_need_one_kernel_more(layout, extra) -
 
 
 def test_the_hashes_are_those_that_their_authors_publish() -> None:
-    assert deep_gemm._fnv1a(b"a", 0xCBF29CE484222325) == 0xAF63DC4C8601EC8C
-    assert deep_gemm._finalize(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # first of seed 0
+    assert deep_gemm_names._fnv1a(b"a", 0xCBF29CE484222325) == 0xAF63DC4C8601EC8C
+    assert deep_gemm_names._finalize(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # first of seed 0
     # of nothing, the seeds are only finalized
     assert digest(b"")[16:] == "e220a8397b1dcdaf"
     assert len(digest(b"a")) == 32
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DeepGEMM of the known version, as far as the file system goes."""
-    folder = tmp_path / "deep_gemm"
-    headers = folder / "include" / "deep_gemm" / "impls"
-    headers.mkdir(parents=True)
-    (headers / "sm90_fp8_gemm_1d2d.cuh").write_text("#include <deep_gemm/impls/common.cuh>\n")
-    (headers / "smxx_layout.cuh").write_text("#include <cutlass/x.h>\n")
-    (headers / "common.cuh").write_text("// nothing\n")
-    (folder / "_C.so").write_bytes(b"library")
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(
-        f"#!{sys.executable} -IS\n"
-        "import pathlib, sys\n"
-        f"log = open({str(tmp_path / 'calls')!r}, 'a')\n"
-        "if sys.argv[1] == '--version':\n"
-        "    log.write('version\\n'); print('Cuda compilation tools, release 13.0, V13.0.88')\n"
-        "else:\n"
-        "    log.write('compile\\n')\n"
-        "    out = sys.argv[sys.argv.index('-o') + 1]\n"
-        "    pathlib.Path(out).write_bytes(b'cubin of ' + open(sys.argv[1], 'rb').read())\n"
-    )
-    nvcc.chmod(0o755)
-    for name, value in {
-        "CUSTOM_OPS_CACHE_DIR": tmp_path / "ours",
-        "DG_JIT_CACHE_DIR": tmp_path / "theirs",
-        "DG_JIT_NVCC_COMPILER": nvcc,
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    for name in [name for name in os.environ if name.startswith("DG_JIT_")]:
-        if name not in ("DG_JIT_CACHE_DIR", "DG_JIT_NVCC_COMPILER"):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(deep_gemm, "package", lambda: folder)
-    monkeypatch.setattr(deep_gemm.platform, "package_version", lambda name: "0.1.4")
-    for cached in (deep_gemm._version, deep_gemm._file_hash, deep_gemm._include_hash):
-        cached.cache_clear()
-    deep_gemm._library_hash.cache_clear()
-    yield folder
-    deep_gemm._library_hash.cache_clear()
-
-
-def calls(package: Path) -> list[str]:
-    path = package.parent / "calls"
-    return path.read_text().split() if path.exists() else []
-
-
-def build(kernels):
-    from custom_ops.jit import building
-
-    return building.compile_all(list(kernels), {"deep_gemm": COMPILER}, H100)
 
 
 def test_kernels_go_where_deep_gemm_looks_and_a_second_start_runs_no_compiler(package) -> None:
@@ -190,13 +159,13 @@ def test_kernels_go_where_deep_gemm_looks_and_a_second_start_runs_no_compiler(pa
     build(wanted)
     assert calls(package).count("compile") == len(wanted)
     for kernel in wanted:
-        place = deep_gemm.directory(kernel)
+        place = directory(kernel)
         assert place.parent == package.parent / "theirs" / "cache"
-        assert (place / "kernel.cu").read_text() == deep_gemm.code(kernel)
+        assert (place / "kernel.cu").read_text() == code(kernel)
         assert place.stat().st_mode & 0o777 == 0o755
         assert (place / "kernel.cubin").read_bytes().startswith(b"cubin of // Includes")
     before = calls(package)
-    deep_gemm._version.cache_clear()  # as in a new process
+    deep_gemm_names._version.cache_clear()  # as in a new process
     assert len(build(wanted).found) == len(wanted)
     assert calls(package) == before
     assert list((package.parent / "theirs" / "tmp").iterdir()) == []
@@ -205,7 +174,7 @@ def test_kernels_go_where_deep_gemm_looks_and_a_second_start_runs_no_compiler(pa
 def test_a_truncated_cubin_is_built_again(package) -> None:
     kernel = kernel_of(64, 4096, 4096, 132)
     build([kernel])
-    cubin = deep_gemm.directory(kernel) / "kernel.cubin"
+    cubin = directory(kernel) / "kernel.cubin"
     whole = cubin.read_bytes()
     cubin.write_bytes(whole[:10])
     assert build([kernel]).compiled == [kernel]
@@ -215,20 +184,20 @@ def test_a_truncated_cubin_is_built_again(package) -> None:
 @pytest.mark.parametrize("changed", ["header", "library", "compiler"])
 def test_another_deep_gemm_or_toolkit_misses(package, changed) -> None:
     kernel = kernel_of(64, 4096, 4096, 132)
-    before = COMPILER.identity(kernel, H100), deep_gemm.directory(kernel)
+    before = COMPILER.identity(kernel, H100), directory(kernel)
     if changed == "header":
         (package / "include" / "deep_gemm" / "impls" / "common.cuh").write_text("// changed\n")
-        deep_gemm._file_hash.cache_clear()
-        deep_gemm._include_hash.cache_clear()
-        assert deep_gemm.directory(kernel) != before[1]
+        deep_gemm_names._file_hash.cache_clear()
+        deep_gemm_names._include_hash.cache_clear()
+        assert directory(kernel) != before[1]
         return
     if changed == "library":
         (package / "_C.so").write_bytes(b"another")
-        deep_gemm._library_hash.cache_clear()
+        deep_gemm_names.library_hash.cache_clear()
     else:
         nvcc = package.parent / "nvcc"
         nvcc.write_text(nvcc.read_text().replace("13.0", "13.1"))
-        deep_gemm._version.cache_clear()
+        deep_gemm_names._version.cache_clear()
     assert COMPILER.identity(kernel, H100) != before[0]
 
 
@@ -358,7 +327,7 @@ def test_deep_gemm_chooses_and_names_as_foreseen(tmp_path: Path) -> None:
             for kernel in COMPILER.kernels(problem(n, k), 1, 8192, "full", here)
         )
         building.compile_all(list(wanted), {"deep_gemm": COMPILER}, here)
-        warm = {deep_gemm.directory(kernel).name for kernel in wanted}
+        warm = {directory(kernel).name for kernel in wanted}
     done = subprocess.run(
         [sys.executable, "-c", _RECORD],
         env={
@@ -380,7 +349,8 @@ def test_deep_gemm_chooses_and_names_as_foreseen(tmp_path: Path) -> None:
     assert len(printed) > 100
     wrong = []
     for m, n, k, multiprocessors, *choice in printed:
-        tile = tiles(k)[int(choose(np.array([m]), n, k, multiprocessors)[0])]
+        product = Product(n, k)
+        tile = tiles(product)[int(choose(np.array([m]), product, multiprocessors)[0])]
         if choice != [tile.block_m, tile.block_n, tile.cluster_m, tile.cluster_n, tile.stages]:
             wrong.append((m, n, k, choice, tile))
     assert wrong == []

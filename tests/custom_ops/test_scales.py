@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from custom_ops import scales
 from custom_ops.scales import SCALE_LAYOUTS, QuantSpec
@@ -51,6 +58,7 @@ def test_a_column_major_scale_of_five_tokens():
     assert scales.scale_strides((5,), 3, "column_major") == [1, 5]
     assert scales.scale_strides((5,), 3, "column_major_tma") == [1, 8]
     assert scales.scale_strides((2, 5), 3, "column_major_tma") == [5, 1, 12]
+    assert scales.scale_strides((1, 5), 3, "column_major_tma") == [24, 1, 8]
     assert scales.scale_strides((), 3, "column_major_tma") == [4]
     assert scales.scale_strides((0,), 3, "column_major_tma") == [1, 4]
 
@@ -131,3 +139,18 @@ def test_quant_spec_refuses_what_no_op_handles(field, value, accepted):
     with pytest.raises(ValueError, match=f"QuantSpec: {field} is") as error:
         QuantSpec(**{field: value})
     assert str(error.value).endswith(f"accepted: {accepted}")
+
+
+@pytest.mark.parametrize("groups", [1, 3, 32])
+def test_strides_of_a_batch_of_one_are_ordered_without_a_guard(groups):
+    """Inductor sorts them to require their order, and asks the shape environment about each pair."""
+    env = ShapeEnv()
+    dynamic = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    x = FakeTensorMode(shape_env=env).from_tensor(
+        torch.empty(1, 72, 256), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
+    )
+    strides = scales.scale_strides((1, x.shape[1]), groups, "column_major_tma")
+    before = len(env.guards)
+    for a, b in itertools.permutations(strides, 2):
+        assert isinstance(bool(a < b), bool)
+    assert len(env.guards) == before

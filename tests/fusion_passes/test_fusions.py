@@ -42,6 +42,9 @@ def sizes(draw: st.DrawFn) -> dict[str, int]:
         "num_groups": draw(st.sampled_from((1, 2, 3))),
         "out_features": out_features,
         "num_blocks": -(-out_features // 128),
+        "num_row_blocks": draw(st.sampled_from((2, 3))),
+        "num_column_blocks": draw(st.sampled_from((1, 2))),
+        "rank": draw(st.sampled_from((2, 8, 17))),
     }
 
 
@@ -55,20 +58,26 @@ def sizes(draw: st.DrawFn) -> dict[str, int]:
 )
 def test_each_pattern_is_equivalent(name, data, drawn, dtype, seed, eps):
     fusion = registry()[name]
-    pattern = data.draw(st.sampled_from(fusion.patterns), label="pattern")
+    firing = [pattern for pattern in fusion.patterns if "refused" not in pattern.constants]
+    pattern = data.draw(st.sampled_from(firing), label="pattern")
     if MATRIX & set(pattern.inputs):
         drawn["out_features"] = drawn["num_blocks"] * 128  # one row is no matrix to transpose
         drawn["hidden_size"] = 64 * drawn["num_groups"]
     if name.endswith("tensor_quant"):
         drawn["num_tokens"] += 1  # the whole of one token is what token_quant has for its subject
-    scalars = {"eps": eps, "min_amax": 1e-10, "alpha": 1.702, "limit": 1.0}
+    if pattern.inputs.keys() >= {"a", "b", "x"}:
+        drawn["num_tokens"] += 1  # a row times the column of an adapter of rank 1 is a sum on a CPU
+    scalars = {"eps": eps, "min_amax": 1e-10, "alpha": 1.702, "limit": 1.0, "scaling": 0.7}
     only = dataclasses.replace(fusion, patterns=(pattern,))
     (result,) = assert_fusion_equivalent(only, sizes=drawn, dtype=dtype, seed=seed, scalars=scalars)
     assert [site.pattern for site in result.report.sites] == [pattern.name]
 
 
 # a matrix product has several inputs over tokens, each with a symbol of its own when they are marked here
-@pytest.mark.parametrize("name", [n for n in PATTERNED if registry()[n].stage == 3])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in PATTERNED if registry()[n].stage == 3 and n != "block_quant"],  # it has no tokens
+)
 def test_each_pattern_is_equivalent_with_symbolic_tokens(name):
     fusion = registry()[name]
     for pattern in fusion.patterns:

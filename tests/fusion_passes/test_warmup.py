@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fusion_passes
-from custom_ops import jit
+from custom_ops import cuda_build, jit
 from custom_ops.jit import compilers, monitor
 from custom_ops.jit.building import CompileError
 from custom_ops.jit.kernel import Kernel, Operand, Problem, Target
@@ -165,13 +165,67 @@ def test_what_cannot_be_covered_is_said(stand_in: StandIn) -> None:
         fusion_passes.warmup()
 
 
-def test_kernels_that_nobody_can_enumerate_are_said(stand_in: StandIn, monkeypatch) -> None:
+def test_what_cannot_be_traced_is_said(stand_in: StandIn, monkeypatch) -> None:
     problem = Problem("silu_mul", "triton", (), (2, None), True)
     reporting.add(Report(problems=[problem]))
-    assert fusion_passes.warmup_plan().notes == ()  # the interpreter compiles nothing
+    assert fusion_passes.warmup_plan().notes == ()  # on a CPU Triton compiles nothing
     monkeypatch.setattr(warming.target_module, "here", lambda: Target("9.0a", 132))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     (note,) = fusion_passes.warmup_plan().notes
-    assert note.startswith("silu_mul on triton is not covered: specializations of Triton")
+    assert note.startswith("silu_mul on triton is not covered: TRITON_INTERPRET is set")
+
+
+def test_kernels_of_other_compilers_are_compiled_by_those(stand_in: StandIn, monkeypatch) -> None:
+    """An implementation may be made of parts that compile in several ways, as a mixture of experts is."""
+    other = StandIn(toolchain="3")
+    compilers.register("other", other)
+    try:
+        mine = stand_in.kernels
+
+        def kernels(problem: Problem, *rest: object) -> list[Kernel]:
+            found = mine(problem, *rest)  # type: ignore[arg-type]
+            return [*found, Kernel.of(problem.op, "other", {"tile": 7, "width": WIDTH})]
+
+        monkeypatch.setattr(stand_in, "kernels", kernels)
+        run(20)
+        plan = fusion_passes.warmup_plan(max_num_tokens=20)
+        assert [kernel.implementation for kernel in plan.kernels] == ["reference"] * 2 + ["other"]
+        assert plan.versions == {"reference": "1", "other": "3"}
+        assert len(fusion_passes.warmup(plan=WarmupPlan.from_json(plan.to_json())).compiled) == 3
+        other.toolchain = "4"
+        with pytest.raises(ValueError, match="made for other '3', here is '4'"):
+            fusion_passes.warmup(plan=plan)
+    finally:
+        compilers.unregister("other")
+
+
+def test_a_compiler_that_does_not_know_an_op_leaves_it_to_the_tracer(stand_in: StandIn) -> None:
+    assert compilers.enumerator("rms_norm", "reference") is stand_in
+    assert compilers.enumerator("block_scaled_mm", "deep_gemm") is compilers.find("deep_gemm")
+    assert compilers.enumerator("fused_moe", "deep_gemm") is compilers.find("triton")
+    assert compilers.enumerator("scaled_mm", "cublaslt") is compilers.find("triton")
+
+
+def test_arguments_keep_lists_offsets_and_symbols(stand_in: StandIn) -> None:
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x[:, 8:] + y
+
+    graphs: list[torch.fx.Graph] = []
+
+    def keep(gm: torch.fx.GraphModule, example_inputs: list[object]) -> torch.fx.GraphModule:
+        graphs.append(gm.graph)
+        return gm
+
+    compiled = torch.compile(forward, backend=keep, dynamic=True)
+    compiled(torch.zeros(20, 24), torch.zeros(20, 16))
+    (cut,) = (n for n in graphs[0].nodes if n.op == "call_function" and "getitem" in n.name)
+    tensor = cut.meta["example_value"]
+    rows, width = (str(size.node.expr) for size in (tensor.shape[0], tensor.stride(0)))
+    found = warming._argument([tensor, tensor.shape[0], torch.bfloat16, None])
+    assert found[0].shape[0] == rows
+    assert found[0].stride == (width, 1)
+    assert found[0].offset == 8
+    assert found[1:] == (rows, "torch.bfloat16", None)
 
 
 def test_a_strict_warm_up_has_to_cover_everything(stand_in: StandIn) -> None:
@@ -216,6 +270,39 @@ class TestMonitor:
         with pytest.raises(jit.JitError, match="would compile a kernel for M=1"):
             monitor.compiling("op", "stand_in", "M=1", "a kernel")
 
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_a_build_of_the_cuda_kernels_is_one_as_well(
+        self, stand_in: StandIn, monkeypatch, tmp_path: Path, strict: bool
+    ) -> None:
+        built: list[list[str]] = []
+
+        def build(archs: list[str]) -> Path:
+            built.append(archs)
+            return tmp_path
+
+        for name, replacement in {
+            "why_not": lambda: None,
+            "current_arch": lambda: "9.0a",
+            "_find": lambda arch: None,
+            "build": build,
+            "_load": lambda directory: None,
+        }.items():
+            monkeypatch.setattr(cuda_build, name, replacement)
+        cuda_build.load()
+        assert fusion_passes.jit_events() == ()  # before a warm-up
+        monkeypatch.setattr(warming.target_module, "here", lambda: Target("cpu"))
+        fusion_passes.warmup(strict=strict)
+        if strict:
+            with pytest.raises(jit.JitError, match="cuda would compile sm_90a-"):
+                cuda_build.load()
+            assert built == [["9.0a"]]
+        else:
+            cuda_build.load()
+            (event,) = fusion_passes.jit_events()
+            assert event.implementation == "cuda"
+            assert event.kernel.startswith("sm_90a-")
+            assert built == [["9.0a"]] * 2
+
 
 names = st.text("abcdefgh_", min_size=1, max_size=8)
 values = st.one_of(st.integers(0, 1 << 40), names, st.booleans())
@@ -233,12 +320,21 @@ operands = st.builds(
     st.lists(sizes, max_size=4).map(tuple),
     st.lists(sizes, max_size=4).map(tuple),
     st.sampled_from(["", "column_major_tma"]),
+    sizes,
 )
 problems = st.builds(
     Problem,
     names,
     names,
-    st.lists(st.one_of(operands, st.floats(allow_nan=False), names), max_size=4).map(tuple),
+    st.lists(
+        st.one_of(
+            operands,
+            st.floats(allow_nan=False),
+            names,
+            st.lists(operands, max_size=2).map(tuple),
+        ),
+        max_size=4,
+    ).map(tuple),
     st.tuples(st.integers(0, 100), st.one_of(st.none(), st.integers(100, 9000))),
     st.booleans(),
 )

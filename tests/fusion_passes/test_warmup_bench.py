@@ -32,6 +32,21 @@ def raw() -> dict[str, Any]:
             "found_seconds": 0.1,
             "nvcc": 0,
             "compiled": 0,
+            "graphs": 3,
+            "more_graphs": 0,
+            "graphs_of_stock": 4,
+            "more_graphs_of_stock": 0,
+        },
+        "triton": {
+            "events": [],
+            "more_graphs": 0,
+            "calls": 200,
+            "slowest": 0.03,
+            "median": 0.01,
+            "compiled": 22,
+            "traced_seconds": 9.0,
+            "wall": 12.0,
+            "notes": [],
         },
         "together": {"compiled": 35, "nvcc": 35, "digests": 1, "errors": [], "seconds": 25.0},
         "killed": {"killed": True, "whole": True, "survived": 3, "compiled": 10},
@@ -39,8 +54,8 @@ def raw() -> dict[str, Any]:
 
 
 def test_a_run_that_meets_every_bar_misses_none(raw) -> None:
-    assert [row.missed for row in rows(raw)] == [[]] * 6
-    assert [row.errors for row in rows(raw)] == [{}] * 6
+    assert [row.missed for row in rows(raw)] == [[]] * 8
+    assert [row.errors for row in rows(raw)] == [{}] * 8
 
 
 @pytest.mark.parametrize(
@@ -49,6 +64,13 @@ def test_a_run_that_meets_every_bar_misses_none(raw) -> None:
         ("sweep", "events", [{"op": "x"}], "no_event"),
         ("sweep", "new_folders", ["kernel.x"], "no_new_folder"),
         ("sweep", "slowest", 0.05, "of_ten_medians"),
+        ("sweep", "more_graphs", 1, "no_graph"),
+        ("sweep", "graphs", 5, "no_more_than_stock"),
+        ("triton", "events", [{"op": "x"}], "no_event"),
+        ("triton", "more_graphs", 1, "no_graph"),
+        ("triton", "slowest", 0.11, "of_ten_medians"),
+        ("triton", "notes", ["not covered"], "covered"),
+        ("triton", "compiled", 0, "covered"),
         ("sweep", "second_start", 3.1, "of_three_seconds"),
         ("sweep", "nvcc", 1, "no_compiler"),
         ("parallel", "wall", 36.0, "of_serial"),
@@ -67,7 +89,9 @@ def test_each_bar_can_be_missed(raw, phase, name, value, bar) -> None:
     assert missed[0].startswith(f"{bar} is ")
 
 
-@pytest.mark.parametrize("phase", ["cold", "parallel", "sweep", "together", "killed", "serial"])
+@pytest.mark.parametrize(
+    "phase", ["cold", "parallel", "sweep", "triton", "together", "killed", "serial"]
+)
 def test_a_phase_that_failed_is_an_error(raw, phase) -> None:
     raw[phase] = {"failed": "out of memory"}
     assert "out of memory" in [text for row in rows(raw) for text in row.errors.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ SIZES = {
     "intermediate_size": 640,
     "out_features": 384,
     "num_blocks": 3,
+    "rank": 16,
 }
 PATTERNED = [fusion for fusion in fusion_passes.registry().values() if fusion.patterns]
 
@@ -40,6 +42,8 @@ PATTERNED = [fusion for fusion in fusion_passes.registry().values() if fusion.pa
 def test_fusions_equal_eager(
     fusion: fusion_passes.Fusion, num_tokens: int, dtype: torch.dtype
 ) -> None:
+    firing = tuple(pattern for pattern in fusion.patterns if "refused" not in pattern.constants)
+    fusion = dataclasses.replace(fusion, patterns=firing)
     assert_fusion_equivalent(
         fusion, sizes=SIZES | {"num_tokens": num_tokens}, dtype=dtype, device="cuda"
     )

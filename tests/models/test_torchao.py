@@ -70,6 +70,20 @@ def test_the_rounding_of_the_scale_is_that_of_torchao(everything: object) -> Non
         assert node.kwargs == {"min_amax": 0.0} | wanted
 
 
+def test_zero_points_are_found(everything: object) -> None:
+    """Captured on a CPU; on a GPU a division by 255 is a product, which is a scale_mode and not another graph."""
+    graph = graphs.load("torchao_int8_asymmetric")
+    report = manager.run(graph, settings.current())
+    found = {"token_quant_asymmetric": 4, "rms_norm": 1, "silu_mul": 1, "add_rms_norm": 2}
+    assert report.matches == found | {"shared_group_quant": 3}
+    # the product subtracts the zero points after it is rounded to 16 bits, and is left to Inductor
+    assert {miss.fusion for miss in report.near_misses} == {"scaled_int_mm"}
+    overload = ops()["token_quant_asymmetric"].overload
+    kwargs = [node.kwargs for node in graph.nodes if node.target is overload]
+    wanted = {"scale_mode": "divide_input", "code_mode": "reciprocal_input", "min_scale": 2.0**-23}
+    assert kwargs == [wanted] * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 32])
 @pytest.mark.parametrize("name", sorted(EXPECTED))

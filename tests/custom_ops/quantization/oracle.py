@@ -43,6 +43,8 @@ def scales(
     largest = 448.0 if dtype == torch.float8_e4m3fn else 127.0
     amax = np.maximum(amax, np.float64(np.float32(min_amax)))  # keeps NaN
     factor = to_float32(np.float64(1 / largest))
+    if scale_mode.endswith("_or_one"):
+        amax = np.where(amax > 0, amax, 1.0)
     scale = to_float32(amax / largest if scale_mode.startswith("divide") else amax * factor)
     in_input = scale_mode.endswith("_input")
     scale = to_dtype(scale, x_dtype) if in_input else scale

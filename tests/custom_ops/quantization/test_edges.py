@@ -42,6 +42,17 @@ class TestEdges:
         options = {"min_amax": 0.0, "scale_format": "ue8m0"}
         assert self.quantize(which, scheme, dtype, [0.0], **options) == ([0.0], 2.0**-127)
 
+    def test_zero_counts_as_one(self, which, scheme, dtype):
+        """And NaN does, in which the quotients of its neighbours are by 1 / MAX."""
+        most = code_max(dtype)
+        options = {"min_amax": 0.0, "scale_mode": "divide_or_one"}
+        expected = float(torch.tensor(1.0) / most)
+        assert self.quantize(which, scheme, dtype, [0.0], **options) == ([0.0], expected)
+        codes, scale = self.quantize(which, scheme, dtype, [math.nan, 0.25, -3.0], **options)
+        assert scale == expected
+        assert math.isnan(codes[0]) if dtype == FP8 else codes[0] == 0
+        assert codes[1:] == [112.0 if dtype == FP8 else 32.0, -most]
+
     def test_negative_zero(self, which, scheme, dtype):
         codes, _ = self.quantize(which, scheme, dtype, [-0.0, 0.0, 448.0])
         signs = [math.copysign(1, c) for c in codes[:2]]

@@ -1,0 +1,60 @@
+"""`python -m bench.lora_table [results folder]`: distils the lora suite into custom_ops/tables/lora_sm_90.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.results import FOLDER, ROOT, Row, Run
+
+TABLE = ROOT / "custom_ops" / "tables" / "lora_sm_90.json"
+KINDS = {
+    "lora_linear_single": "single",
+    "lora_linear_single_float32": "single float32",
+    "lora_linear": "batch",
+}
+
+
+def distil(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
+    """A row for each kind and size, with the microseconds of each way; what is measured last decides.
+
+    Batches of one size differ in their adapters, which a call does not know: the slowest of them counts for each way.
+    """
+    measured = [(run, row) for run, row in pairs if row.case in KINDS]
+    if not measured:
+        raise ValueError("results: there is no row of the lora suite")
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for _, row in sorted(measured, key=lambda pair: pair[0].date):
+        n, k, rank, m = (row.sizes[name] for name in ("n", "k", "rank", "tokens"))
+        us = times.setdefault((KINDS[row.case], n, k, rank, m), {})
+        for name, time in row.warm_us.items():
+            if name.startswith("way "):
+                way = name.removeprefix("way ")
+                us[way] = max(us.get(way, 0.0), round(time, 2))
+    latest = max((run for run, _ in measured), key=lambda run: run.date)
+    rows = [
+        dict(zip(("kind", "n", "k", "rank", "m"), key)) | {"us": us}
+        for key, us in sorted(times.items())
+        if us
+    ]
+    return {
+        "arch": latest.device["arch"],
+        "device": latest.device["name"],
+        "commit": latest.commit,
+        "rows": rows,
+    }
+
+
+def main(folder: Path = FOLDER) -> None:
+    newest = results.newest(results.load_all(folder))
+    pairs = [pair for pairs in newest.values() for pair in pairs]
+    TABLE.write_text(json.dumps(distil(pairs), indent=1) + "\n")
+    print(TABLE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,66 @@
+// The linear layer with low-rank adapters, for Hopper: launchers, raw pointers only. See custom_ops/lora/ops.py.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace custom_ops {
+
+constexpr int kMaxSlices = 4;
+
+struct LoraSlice {
+  const void* b;       // [slots, width, rank], contiguous
+  int64_t slot_stride;  // in elements
+  int first_column;
+};
+
+// x [tokens, channels], weight [columns, channels], out [tokens, columns] contiguous, all of one 16-bit dtype. Pitches
+// are in elements and multiples of 8, pointers of 16 bytes.
+struct LoraLinear {
+  const void* x;
+  const void* weight;
+  const void* bias;  // or null
+  void* out;
+  int64_t x_row;
+  int64_t weight_row;
+  int tokens;
+  int columns;
+  int channels;
+  int rank;  // a multiple of 8
+  bool round_each;  // the low-rank product after each of its steps
+};
+
+// Few tokens. One adapter for all of them where token_slots is null: then slot 0, rank `rank` and `scaling`.
+struct LoraDecode {
+  LoraLinear linear;
+  const void* a;  // [rank, channels] of x's dtype, one slice, rank up to 64: the shrink is done here; or null, and
+  int64_t a_row;
+  const float* y;  // [y_splits, slices, tokens, rank], the parts of its sums
+  int y_splits;
+  int slices;
+  LoraSlice slice[kMaxSlices];  // widths are multiples of 128, but of a single slice
+  bool b_float32;
+  const int32_t* token_slots;
+  const int32_t* ranks;
+  const float* scalings;
+  float scaling;
+  int tile_columns;  // of a block: 64 or 128
+  int most_blocks;   // that share the channels of a tile: 1, 2, 4 or 8
+};
+
+// Many tokens and one adapter. y: [tokens, rank] and b: [columns, rank] of x's dtype, rank a multiple of 8.
+struct LoraPrefill {
+  LoraLinear linear;
+  const void* y;
+  const void* b;
+  int64_t b_row;
+  float scaling;
+};
+
+cudaError_t lora_decode(Dtype dtype, const LoraDecode& args, int multiprocessors, cudaStream_t stream);
+cudaError_t lora_prefill(Dtype dtype, const LoraPrefill& args, int multiprocessors, cudaStream_t stream);
+
+}  // namespace custom_ops

@@ -1,0 +1,23 @@
+"""Low-rank adapters on linear layers: one for all tokens, or another one for every token of a batch."""
+
+from custom_ops.lora.batch import LoRABatch
+from custom_ops.lora.ops import (
+    lora_add,
+    lora_add_single,
+    lora_expand,
+    lora_linear,
+    lora_linear_single,
+    lora_shrink,
+)
+from custom_ops.lora.requests import RequestBatch
+
+__all__ = [
+    "LoRABatch",
+    "RequestBatch",
+    "lora_add",
+    "lora_add_single",
+    "lora_expand",
+    "lora_linear",
+    "lora_linear_single",
+    "lora_shrink",
+]

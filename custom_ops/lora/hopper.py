@@ -1,0 +1,203 @@
+"""lora_linear and lora_linear_single in CUDA C++ for Hopper: the ways "decode" and "prefill" of `custom_ops.lora.ways`.
+
+The kernels read x and W by TMA, from rows that begin on 16 bytes. The shrink that goes before them, where the kernel
+has none of its own, is the Triton one; the two overlap (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import platform
+from custom_ops.implementation import _no_cuda, _no_triton
+from custom_ops.lora import ways
+from custom_ops.platform import on_device
+
+MAX_DECODE_TOKENS = 128
+MAX_OWN_RANK = 64  # of the shrink in the decode kernel
+MAX_DECODE_RANK = 128  # whose y has room in shared memory
+MAX_SLICES = 4
+SLICE_COLUMNS = 128
+SPLIT_TOKENS = 4096  # from here on the shrink before the prefill kernel splits the channels
+_MULTIPLE = 8  # elements of 16 bits on 16 bytes
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if reason := _no_cuda(device) or _no_triton(device):
+        return reason
+    capability = platform.cuda_capability(device)
+    return None if capability == (9, 0) else f"needs compute capability 9.0, here is {capability}"
+
+
+def unsupported_single(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> str | None:
+    """Why lora_linear_single cannot be done here, or is left to Triton; None otherwise."""
+    return _unsupported("single", x, weight, (a,), (b,))
+
+
+def unsupported_batch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Tensor,
+    ranks: Tensor,
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> str | None:
+    """The same of lora_linear."""
+    return _unsupported("batch", x, weight, a, b)
+
+
+def _unsupported(
+    kind: str, x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]
+) -> str | None:
+    columns, channels = weight.shape
+    rank = a[0].shape[-2]
+    tokens = x.numel() // channels if isinstance(channels, int) and channels else 0
+    if not all(isinstance(size, int) for size in (x.numel(), columns, channels, rank)):
+        return "a size is not known yet"
+    if tokens == 0 or columns == 0:
+        return "there is nothing to multiply"
+    if any(size % _MULTIPLE for size in (columns, channels, rank)):
+        return (
+            f"needs N, H and rank to be multiples of {_MULTIPLE}, they are {columns}, {channels} "
+            f"and {rank}"
+        )
+    way = way_of(kind, tokens, weight, a, b)
+    if way not in (*ways.DECODES, "prefill"):
+        return f"Triton is faster for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
+    for name, tensor in (("x", x), ("weight", weight), ("a", a[0]), *(("b", each) for each in b)):
+        if not _on_16_bytes(tensor, 1 if name == "x" else tensor.dim() - 1):
+            return f"needs contiguous rows on 16 bytes; {name} has strides {tensor.stride()}"
+    return None
+
+
+def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
+    """The fastest of the ways that take these sizes, Triton's included."""
+    among = ["apart", "beside"]
+    rank = a[0].shape[-2]
+    single = kind == "single"
+    if single and a[0].dtype == torch.float32:
+        kind = "single float32"
+    slices_fit = len(b) == 1 or (
+        len(b) <= MAX_SLICES and all(each.shape[-2] % SLICE_COLUMNS == 0 for each in b)
+    )
+    if tokens <= MAX_DECODE_TOKENS and rank <= MAX_DECODE_RANK and slices_fit:
+        among += ways.DECODES
+    if single:
+        among.append("fused")
+        if a[0].dtype == weight.dtype:
+            among.append("prefill")
+    columns, channels = weight.shape
+    return ways.best(kind, tokens, columns, channels, rank, tuple(among))
+
+
+def _on_16_bytes(tensor: Tensor, rows: int) -> bool:
+    """Whether a tensor's rows, of `rows` dimensions of it, are contiguous and begin on 16 bytes."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        return False
+    strides = tensor.stride()[:-1]
+    aligned = all(stride * tensor.element_size() % 16 == 0 for stride in strides)
+    if type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter):
+        return aligned  # a fake one has no address
+    return aligned and tensor.data_ptr() % 16 == 0
+
+
+def _op(name: str) -> Any:
+    from custom_ops import library
+
+    library.load_cuda()
+    return getattr(torch.ops.custom_ops_cuda, name).default
+
+
+def load_single() -> Any:
+    """`custom_ops.lora_linear_single`, with the CUDA library loaded; `way` for a way other than the table's."""
+    from custom_ops.lora import launch
+    from custom_ops.lora.linear import shrink_tile
+
+    decode, prefill = _op("lora_decode"), _op("lora_prefill")
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        way: str | None = None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        tokens, rank = rows.shape[0], a.shape[0]
+        each = a.dtype == x.dtype
+        shape = (*x.shape[:-1], weight.shape[0])
+        way = way or way_of("single", tokens, weight, (a,), (b,))
+        own = way != "prefill" and each and rank <= MAX_OWN_RANK
+        with on_device(x):
+            if own:
+                none = None, None, None
+                out = decode(
+                    *(rows, weight, bias, a, None, b, *none, scaling, *none, each, *tile_of(way))
+                )
+                return out.view(shape)
+            if way == "prefill":
+                tile = shrink_tile(tokens, False, whole=tokens < SPLIT_TOKENS)
+                dtype = x.dtype if tile.splits == 1 else torch.float32
+                y = launch.shrink(rows, (a,), None, tile, dependent=True, dtype=dtype)
+                y = launch.round_sums(y, x.dtype, dependent=True)
+                return prefill(rows, weight, bias, y[0], b, scaling, each).view(shape)
+            y = launch.shrink(rows, (a,), None, shrink_tile(tokens, False), dependent=True)
+            none = None, None, None
+            out = decode(
+                *(rows, weight, bias, None, y, b, *none, scaling, *none, each, *tile_of(way))
+            )
+            return out.view(shape)
+
+    return run
+
+
+def tile_of(way: str) -> tuple[int, int]:
+    """The columns and the blocks in the name of a way "decode CxB"."""
+    columns, blocks = way.removeprefix("decode ").split("x")
+    return int(columns), int(blocks)
+
+
+def load_batch() -> Any:
+    """`custom_ops.lora_linear`, with the CUDA library loaded; `way` for a way other than the table's."""
+    from custom_ops.lora import launch
+    from custom_ops.lora.linear import shrink_tile
+
+    decode = _op("lora_decode")
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scaling: Tensor,
+        ranks: Tensor,
+        token_slots: Tensor,
+        sorted_tokens: Tensor,
+        tiles: Tensor,
+        way: str | None = None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        way = way or way_of("batch", rows.shape[0], weight, a, b)
+        batch = launch.Tokens(ranks, sorted_tokens, tiles)
+        with on_device(x):
+            y = launch.shrink(rows, a, batch, shrink_tile(rows.shape[0], True), dependent=True)
+            slices = (*b, *[None] * (MAX_SLICES - len(b)))
+            more = (1.0, scaling, token_slots, ranks, False, *tile_of(way))
+            out = decode(rows, weight, bias, None, y, *slices, *more)
+            return out.view(*x.shape[:-1], weight.shape[0])
+
+    return run

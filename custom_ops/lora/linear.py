@@ -1,0 +1,242 @@
+"""The LoRA ops in Triton, and which of their ways is taken for how many tokens.
+
+Apart, beside: the BLAS multiplies by W, the shrink runs before it or beside it, and the expand adds to what the BLAS
+wrote, in place. Fused: one kernel does W and the expand (`triton_linear`). The choice depends on sizes only: `ways`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from custom_ops import platform
+from custom_ops.lora import launch, ways
+from custom_ops.lora.launch import ExpandTile, LinearTile, ShrinkTile, Tokens
+from custom_ops.platform import on_device
+from custom_ops.scales import as_rows
+
+FUSED_TILE = LinearTile(128, 256, 64, 8, 3, parts=2)
+
+
+def lora_shrink(
+    x: Tensor,
+    a: Sequence[Tensor],
+    ranks: Tensor,
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> Tensor:
+    """As `custom_ops.lora_shrink`. Takes any row pitch of x."""
+    rows = as_rows(x)
+    with on_device(x):
+        y = launch.shrink(
+            rows, a, Tokens(ranks, sorted_tokens, tiles), shrink_tile(rows.shape[0], True)
+        )
+        return y[0] if y.shape[0] == 1 else y.sum(0)
+
+
+def lora_expand(
+    y: Tensor,
+    b: Sequence[Tensor],
+    base: Tensor | None,
+    scaling: Tensor,
+    ranks: Tensor,
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> Tensor:
+    """As `custom_ops.lora_expand`. Takes any row pitch of the base."""
+    columns = sum(each.shape[1] for each in b)
+    shape = (y.shape[1], columns) if base is None else base.shape
+    out = torch.empty(shape, dtype=b[0].dtype, device=y.device)
+    rows = None if base is None else as_rows(base)
+    with on_device(y):
+        launch.expand(
+            y.contiguous()[None],
+            b,
+            rows,
+            scaling,
+            Tokens(ranks, sorted_tokens, tiles),
+            out.view(y.shape[1], columns),
+            expand_tile(y.shape[1], True),
+        )
+    return out
+
+
+def lora_add(
+    x: Tensor,
+    base: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Tensor,
+    ranks: Tensor,
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> Tensor:
+    """As `custom_ops.lora_add`. Takes any row pitch of x and the base."""
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    rows, tokens = as_rows(x), Tokens(ranks, sorted_tokens, tiles)
+    with on_device(x):
+        y = launch.shrink(rows, a, tokens, shrink_tile(rows.shape[0], True), chained(x))
+        launch.expand(
+            y,
+            b,
+            as_rows(base),
+            scaling,
+            tokens,
+            out.view(-1, base.shape[-1]),
+            expand_tile(rows.shape[0], True),
+            dependent=chained(x),
+        )
+    return out
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Tensor,
+    ranks: Tensor,
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+    way: str | None = None,
+) -> Tensor:
+    """As `custom_ops.lora_linear`. Takes any row pitch of x and the weight. way: other than the table's."""
+    tokens, rows = Tokens(ranks, sorted_tokens, tiles), as_rows(x)
+    columns, channels = weight.shape
+    way = way or ways.best(
+        "batch", rows.shape[0], columns, channels, a[0].shape[1], ("apart", "beside")
+    )
+    with on_device(x):
+        out = _apart(rows, weight, bias, a, b, scaling, tokens, False, way == "beside")
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linear_single(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    way: str | None = None,
+) -> Tensor:
+    """As `custom_ops.lora_linear_single`. Takes any row pitch; what is strided along its rows is copied.
+
+    way: other than the table's.
+    """
+    rows, a, b = as_rows(x), as_rows(a), as_rows(b)
+    each = a.dtype == x.dtype
+    if way is None:
+        kind = "single" if each else "single float32"
+        among = ("apart", "beside", *(["fused"] if fusible(rows, weight) else []))
+        columns, channels = weight.shape
+        way = ways.best(kind, rows.shape[0], columns, channels, a.shape[0], among)
+    with on_device(x):
+        if way == "fused":
+            tile = shrink_tile(rows.shape[0], False)
+            y = launch.shrink(rows, (a,), None, tile, chained(x))
+            out = launch.linear(
+                rows, weight, bias, y, b, scaling, FUSED_TILE, each=each, dependent=chained(x)
+            )
+        else:
+            out = _apart(rows, weight, bias, (a,), (b,), scaling, None, each, way == "beside")
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """As `custom_ops.lora_add_single`. Takes any row pitch; what is strided along its rows is copied."""
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    rows, a, b = as_rows(x), as_rows(a), as_rows(b)
+    with on_device(x):
+        y = launch.shrink(rows, (a,), None, shrink_tile(rows.shape[0], False), chained(x))
+        launch.expand(
+            y,
+            (b,),
+            as_rows(base),
+            scaling,
+            None,
+            out.view(-1, base.shape[-1]),
+            expand_tile(rows.shape[0], False),
+            each=a.dtype == x.dtype,
+            dependent=chained(x),
+        )
+    return out
+
+
+def _apart(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Tensor | float,
+    tokens: Tokens | None,
+    each: bool,
+    beside: bool,
+) -> Tensor:
+    count = x.shape[0]
+    batched = tokens is not None
+    y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched))
+    if beside and x.device.type == "cuda":
+        main, side = torch.cuda.current_stream(), _side_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            run_shrink()
+        out = torch.nn.functional.linear(x, weight, bias)
+        main.wait_stream(side)
+    else:
+        run_shrink()
+        out = torch.nn.functional.linear(x, weight, bias)
+    return launch.expand(y, b, out, scaling, tokens, out, expand_tile(count, batched), each=each)
+
+
+_side_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def _side_stream() -> torch.cuda.Stream:
+    """One per stream that asks, so that no capture meets the work of another stream."""
+    current = torch.cuda.current_stream()
+    key = (current.device_index, current.cuda_stream)
+    if key not in _side_streams:
+        _side_streams[key] = torch.cuda.Stream()
+    return _side_streams[key]
+
+
+def chained(x: Tensor) -> bool:
+    """Whether one kernel may start while the one before it ends (programmatic dependent launch)."""
+    return x.device.type == "cuda" and (platform.cuda_capability(x.device) or (0, 0)) >= (9, 0)
+
+
+def fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether TMA can read x and W: rows on 16 bytes."""
+    return chained(x) and all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in (x, weight)
+    )
+
+
+def shrink_tile(tokens: int, batched: bool, whole: bool = False) -> ShrinkTile:
+    """Few tokens: many splits, since there are few tiles; many: as few partial sums as fill the GPU.
+
+    whole: without splits, for sums that are rounded where they are made.
+    """
+    if whole:
+        return ShrinkTile(64, 64, 1, 4, 4)
+    if tokens <= 64:
+        return ShrinkTile(16, 256, 8, 4, 2)
+    if tokens <= 512 or batched:
+        return ShrinkTile(16, 128, 4, 4, 3)
+    return ShrinkTile(64, 128, 4, 4, 3)
+
+
+def expand_tile(tokens: int, batched: bool) -> ExpandTile:
+    if batched or tokens <= 512:
+        return ExpandTile(16, 128 if tokens <= 64 else 256, 4)
+    return ExpandTile(64, 128, 4)

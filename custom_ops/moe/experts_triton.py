@@ -1,0 +1,137 @@
+"""Experts in Triton: the grouped kernels behind an index, and those for a few pairs that need none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from custom_ops.gemm.reference import BLOCK
+from custom_ops.implementation import _no_triton as unavailable
+from custom_ops.moe.parts import Experts, Prepared
+from custom_ops.moe.problem import Problem, Sizes
+
+FAMILY = "triton"
+
+
+def _block_size(problem: Problem) -> int:
+    from custom_ops.moe import triton_experts
+
+    sizes = problem.sizes
+    everywhere = None if problem.expert_map is None else problem.expert_map.shape[0]
+    return triton_experts.block_size(
+        sizes.num_tokens, sizes.top_k, problem.gate_up, problem.down, everywhere
+    )
+
+
+def _grouped(problem: Problem, prepared: Prepared) -> Tensor:
+    from custom_ops.moe import triton_experts
+
+    aligned, quantized = prepared.metadata.aligned, prepared.scale is not None
+    act: Any = triton_experts.gate_up(
+        prepared.x,
+        problem.gate_up,
+        aligned,
+        problem.sizes.top_k,
+        activation=problem.activation,
+        bias=problem.gate_up_bias,
+        x_scale=prepared.scale,
+        w_scale=problem.gate_up_scale,
+        quantize=quantized,
+        dtype=problem.dtype,
+        **problem.quantization,
+    )
+    codes, scale = act if quantized else (act, None)
+    return triton_experts.down(
+        codes,
+        problem.down,
+        aligned,
+        problem.sizes.pairs,
+        bias=problem.down_bias,
+        act_scale=scale,
+        w_scale=problem.down_scale,
+        dtype=problem.dtype,
+    )
+
+
+def _few(problem: Problem, prepared: Prepared) -> Tensor:
+    from custom_ops.moe import triton_decode
+
+    return triton_decode.moe_decode(
+        prepared.x,
+        problem.gate_up,
+        problem.down,
+        problem.topk_weights,
+        problem.topk_ids,
+        activation=problem.activation,
+        gate_up_bias=problem.gate_up_bias,
+        down_bias=problem.down_bias,
+        gate_up_scale=problem.gate_up_scale,
+        down_scale=problem.down_scale,
+        expert_map=problem.expert_map,
+        **problem.quantization,
+    )
+
+
+def _too_many(problem: Problem) -> str | None:
+    sizes = problem.sizes
+    if not isinstance(sizes.num_tokens, int):
+        return "the number of tokens is not known yet"
+    from custom_ops.moe import triton_decode
+
+    if not triton_decode.fits(sizes.num_tokens, sizes.top_k, problem.gate_up, problem.down):
+        return f"its kernels are for a few pairs, here are {sizes.pairs}"
+    return None
+
+
+def _no_experts(problem: Problem) -> str | None:
+    return None if problem.sizes.num_experts else "there is no expert here"
+
+
+def _grouped_bytes(sizes: Sizes, itemsize: int) -> int:
+    groups = -(-sizes.intermediate_size // BLOCK)
+    act = sizes.rows(128) * (sizes.intermediate_size * itemsize + 4 * groups)
+    return act + sizes.pairs * sizes.hidden_size * itemsize
+
+
+def _few_bytes(sizes: Sizes, itemsize: int) -> int:
+    # Partial sums of split channels are float32.
+    width = sizes.gate_up_rows + sizes.intermediate_size + sizes.hidden_size
+    return 4 * sizes.pairs * width + 16 * sizes.num_tokens * sizes.hidden_size
+
+
+def _experts(weights: str, quantization: str | None) -> tuple[Experts, Experts]:
+    suffix = "" if weights == "16_bit" else f"_{weights}"
+    few = Experts(
+        f"triton_decode{suffix}",
+        FAMILY,
+        _few,
+        "tokens",
+        "reduced",
+        weights,
+        applies_topk_weights=True,
+        workspace=_few_bytes,
+        unavailable=unavailable,
+        unsupported=lambda problem: _no_experts(problem) or _too_many(problem),
+    )
+    grouped = Experts(
+        f"triton{suffix}",
+        FAMILY,
+        _grouped,
+        "indexed",
+        "pairs",
+        weights,
+        quantization,
+        align=_block_size,
+        workspace=_grouped_bytes,
+        unavailable=unavailable,
+        unsupported=_no_experts,
+    )
+    return few, grouped
+
+
+EXPERTS = (
+    *_experts("16_bit", None),
+    *_experts("fp8_block", "fp8_group"),
+    *_experts("int8_channel", None),
+)

@@ -1,0 +1,186 @@
+"""Prepare: tokens into the format that experts take, quantized where they take codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops.gemm.reference import BLOCK
+from custom_ops.moe.parts import Experts, ExpertTokensMetadata, Prepare, Prepared, count_tokens
+from custom_ops.moe.problem import Problem, Sizes
+from custom_ops.moe.reference import local_experts
+from custom_ops.moe.tiles import Aligned
+from custom_ops.scales import known, pitch_of, quant_spec
+
+_INT, _FLOAT = 4, 4
+
+
+def _as_is(problem: Problem, experts: Experts) -> Prepared:
+    return Prepared(problem.hidden_states, None, ExpertTokensMetadata())
+
+
+def _index(problem: Problem, experts: Experts) -> Prepared:
+    return Prepared(problem.hidden_states, None, _aligned(problem, experts))
+
+
+def _index_quantized(problem: Problem, experts: Experts) -> Prepared:
+    """Each token is quantized once, whatever the number of its experts; the last group may be cut."""
+    x, width = problem.hidden_states, problem.sizes.hidden_size
+    if width % BLOCK:
+        x = torch.nn.functional.pad(x, (0, -width % BLOCK))
+    codes, scale = torch.ops.custom_ops.group_quant(x, BLOCK, **problem.quantization)
+    return Prepared(codes[:, :width], scale, _aligned(problem, experts))
+
+
+def _aligned(problem: Problem, experts: Experts) -> ExpertTokensMetadata:
+    block_size = experts.align(problem)
+    ids, block_experts, num_padded = torch.ops.custom_ops.moe_align_block_size(
+        problem.topk_ids, block_size, problem.sizes.num_experts, expert_map=problem.expert_map
+    )
+    return ExpertTokensMetadata(aligned=Aligned(ids, block_experts, num_padded, block_size))
+
+
+def _permute(problem: Problem, experts: Experts) -> Prepared:
+    rows, row_of_pair, row_experts, offsets = torch.ops.custom_ops.moe_permute(
+        problem.hidden_states,
+        problem.topk_ids,
+        problem.sizes.num_experts,
+        align=experts.align(problem),
+        expert_map=problem.expert_map,
+    )
+    metadata = ExpertTokensMetadata(
+        row_of_pair=row_of_pair, row_experts=row_experts, offsets=offsets
+    )
+    return Prepared(rows, None, metadata)
+
+
+def _permute_quantized(problem: Problem, experts: Experts) -> Prepared:
+    codes, scale, row_of_pair, row_experts, offsets = torch.ops.custom_ops.moe_permute_group_quant(
+        problem.hidden_states,
+        problem.topk_ids,
+        problem.sizes.num_experts,
+        BLOCK,
+        align=experts.align(problem),
+        expert_map=problem.expert_map,
+        scale_layout="column_major_tma",
+        **problem.quantization,
+    )
+    metadata = ExpertTokensMetadata(
+        row_of_pair=row_of_pair, row_experts=row_experts, offsets=offsets
+    )
+    return Prepared(codes, scale, metadata)
+
+
+def _batch(problem: Problem, experts: Experts) -> Prepared:
+    targets, metadata = _places(problem)
+    return Prepared(_scatter(problem, problem.hidden_states, targets), None, metadata)
+
+
+def _batch_quantized(problem: Problem, experts: Experts) -> Prepared:
+    """Codes, and scales in the layout of each expert on its own that DeepGEMM reads."""
+    targets, metadata = _places(problem)
+    codes, scale = torch.ops.custom_ops.group_quant(
+        problem.hidden_states, BLOCK, **problem.quantization
+    )
+    batch = _scatter(problem, codes.view(torch.uint8), targets).view(codes.dtype)
+    spec = quant_spec(codes.dtype, (1, BLOCK), "float32", "column_major_tma")
+    _, scales = spec.empty_of_experts(batch.shape, batch.device)
+    return Prepared(batch, scales.copy_(_scatter(problem, scale, targets)), metadata)
+
+
+def _places(problem: Problem) -> tuple[Tensor, ExpertTokensMetadata]:
+    """The row of each pair in the flattened batch, with one row past its end for those that are elsewhere."""
+    sizes = problem.sizes
+    size = sizes.batch_rows()
+    experts = local_experts(problem.topk_ids, sizes.num_experts, problem.expert_map).flatten()
+    counts = count_tokens(experts, sizes.num_experts)
+    # A stable sort keeps the order of the pairs, so that a batch has one order.
+    order = torch.argsort(torch.where(experts < 0, sizes.num_experts, experts), stable=True)
+    starts = torch.cumsum(counts, 0) - counts
+    sorted_experts = experts[order]
+    rank = torch.arange(order.numel(), device=order.device) - starts[sorted_experts.clamp(min=0)]
+    rows = torch.where(sorted_experts < 0, -1, sorted_experts * size + rank)
+    row_of_pair = torch.empty_like(rows).scatter_(0, order, rows)
+    targets = torch.where(row_of_pair < 0, sizes.num_experts * size, row_of_pair)
+    return targets, ExpertTokensMetadata(counts=counts, row_of_pair=row_of_pair.int())
+
+
+def _scatter(problem: Problem, tokens: Tensor, targets: Tensor) -> Tensor:
+    sizes = problem.sizes
+    size, width = sizes.batch_rows(), tokens.shape[-1]
+    rows = tokens.new_empty(sizes.num_experts * size + 1, width)
+    rows.index_copy_(0, targets, tokens.repeat_interleave(sizes.top_k, 0))
+    return rows[:-1].view(sizes.num_experts, size, width)
+
+
+def _needs_groups(problem: Problem) -> str | None:
+    hidden = problem.sizes.hidden_size
+    if not known(hidden % BLOCK == 0):
+        return f"quantizes hidden_states in groups of {BLOCK}, hidden_size is {hidden}"
+    return None
+
+
+def _index_bytes(sizes: Sizes, itemsize: int) -> int:
+    # sorted_ids and block_experts for blocks of at most 128 rows
+    return 2 * _INT * sizes.rows(128)
+
+
+def _codes_bytes(rows: int, width: int) -> int:
+    groups = -(-width // BLOCK)
+    return rows * width + _FLOAT * groups * pitch_of(rows, "column_major_tma")
+
+
+def _index_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
+    width = -(-sizes.hidden_size // BLOCK) * BLOCK
+    padded = 0 if width == sizes.hidden_size else sizes.num_tokens * width * itemsize
+    return _index_bytes(sizes, itemsize) + _codes_bytes(sizes.num_tokens, width) + padded
+
+
+def _permute_bytes(sizes: Sizes, itemsize: int) -> int:
+    rows = sizes.rows(128)
+    return rows * sizes.hidden_size * itemsize + 3 * _INT * (rows + sizes.pairs)
+
+
+def _permute_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
+    rows = sizes.rows(128)
+    return 2 * _codes_bytes(rows, sizes.hidden_size) + 3 * _INT * (rows + sizes.pairs)
+
+
+def _batch_bytes(sizes: Sizes, itemsize: int) -> int:
+    rows = sizes.num_experts * sizes.batch_rows() + 1
+    return (rows + sizes.pairs) * sizes.hidden_size * itemsize + 64 * sizes.pairs
+
+
+def _batch_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
+    rows = sizes.num_experts * (sizes.batch_rows() + 3) + sizes.pairs + sizes.num_tokens
+    return 3 * _codes_bytes(rows, sizes.hidden_size) + 64 * sizes.pairs
+
+
+AS_IS = Prepare("as_is", _as_is, "tokens")
+INDEX = Prepare("index", _index, "indexed", workspace=_index_bytes)
+INDEX_QUANTIZED = Prepare(
+    "index_quantized",
+    _index_quantized,
+    "indexed",
+    "fp8_group",
+    workspace=_index_quantized_bytes,
+)
+PERMUTE = Prepare("permute", _permute, "contiguous", workspace=_permute_bytes)
+PERMUTE_QUANTIZED = Prepare(
+    "permute_quantized",
+    _permute_quantized,
+    "contiguous",
+    "fp8_group",
+    workspace=_permute_quantized_bytes,
+    unsupported=_needs_groups,
+)
+BATCH = Prepare("batch", _batch, "batched", workspace=_batch_bytes)
+BATCH_QUANTIZED = Prepare(
+    "batch_quantized",
+    _batch_quantized,
+    "batched",
+    "fp8_group",
+    workspace=_batch_quantized_bytes,
+    unsupported=_needs_groups,
+)
+PREPARES = (AS_IS, INDEX, INDEX_QUANTIZED, PERMUTE, PERMUTE_QUANTIZED, BATCH, BATCH_QUANTIZED)

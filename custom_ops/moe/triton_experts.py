@@ -1,0 +1,391 @@
+"""The two grouped products of experts in Triton, on pairs that `moe_align_block_size` has sorted.
+
+`gate_up` gathers the rows of tokens, multiplies them by both halves of the weight, and applies the activation (and
+the quantization in groups of 128) in registers; `down` multiplies what `gate_up` wrote, and scatters to the pairs.
+Each rounds to the dtype of the activations where eager PyTorch has a tensor of it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from custom_ops.moe.activation import Activation
+from custom_ops.moe.tiles import Aligned, Tile, choose
+from custom_ops.moe.triton_operands import (
+    GROUP,
+    constants,
+    fitting,
+    pointer,
+    rows_by_descriptor,
+    rows_operands,
+    strides,
+    vector,
+    weight_operand,
+)
+from custom_ops.moe.triton_products import activate, contract, finish, place
+from custom_ops.platform import on_device
+from custom_ops.quantization.triton_codes import codes_of, magnitude_bits, scale_of
+from custom_ops.scales import as_rows, code_max
+
+
+@triton.jit
+def _gate_up_tile(
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
+    start, expert, column_tile, pairs, top_k, width, K,
+    x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+    alpha, limit, min_amax,
+    T: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
+    SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] of the activation, for the sorted pairs from `start` on."""
+    position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+    pair = tl.load(sorted_ids_ptr + position)
+    # Padding reads the row of the first token; what comes of it lies where nobody reads.
+    token = tl.where(pair < pairs, pair // top_k, 0).to(tl.int64)
+    x_ptrs = x_ptr + (token * x_row)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    x_scale_ptrs = x_scale_ptr
+    if SCALED:
+        x_scale_ptrs = x_scale_ptr + token * xs_row
+    GATED: tl.constexpr = GATE != "relu2"
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
+    first = column_tile * COLUMNS
+    second = width + first
+    rows = 2 * width if GATED else width
+    sum_0, sum_1 = contract(
+        x_ptrs, 0, x_scale_ptrs, xs_block,
+        w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
+        expert, first, second, rows, K,
+        T, BLOCK_M, COLUMNS, BLOCK_K, HALVES, SWAP, False, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, NATIVE_FP8,
+    )  # fmt: skip
+    scales = w_scale_ptr
+    if CHANNEL:
+        scales = w_scale_ptr + expert.to(tl.int64) * ws_expert
+    biases = bias_ptr
+    if BIAS:
+        biases = bias_ptr + expert.to(tl.int64) * bias_expert
+    lane = first + tl.arange(0, COLUMNS)
+    gate = finish(sum_0, scales, biases, lane, lane < rows, T, CHANNEL, BIAS)
+    up = gate
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+    elif GATED:
+        up = finish(sum_1, scales, biases, width + lane, lane < width, T, CHANNEL, BIAS)
+    out = activate(gate, up, alpha, limit, GATE)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_ptrs = out_ptr + (position * width)[:, None] + column[None, :]
+    inside = tl.broadcast_to((column < width)[None, :], (BLOCK_M, BLOCK_N))
+    if QUANTIZE:
+        GROUPS: tl.constexpr = BLOCK_N // 128
+        out = tl.where(
+            inside, out, tl.zeros_like(out)
+        )  # what is past the end has no part in a maximum
+        out = tl.reshape(out, (BLOCK_M * GROUPS, 128))
+        largest = tl.max(magnitude_bits(out), axis=1)
+        scale = scale_of(largest, min_amax, 0.0, T, CODE_MAX, SCALE_MODE, "float32")
+        codes = codes_of(out, scale, CODE_MAX, False, CODE_MODE, NATIVE_FP8)
+        tl.store(out_ptrs, tl.reshape(codes, (BLOCK_M, BLOCK_N)), mask=inside)
+        groups = tl.cdiv(width, 128)
+        group = column_tile * GROUPS + tl.arange(0, GROUPS)
+        scale_ptrs = out_scale_ptr + (position * groups)[:, None] + group[None, :]
+        tl.store(scale_ptrs, tl.reshape(scale, (BLOCK_M, GROUPS)), mask=(group < groups)[None, :])
+    else:
+        tl.store(out_ptrs, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["blocks", "pairs"])
+def _gate_up(
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr, experts_ptr,
+    blocks, pairs, top_k, width, K,
+    x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+    alpha, limit, min_amax,
+    T: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
+    SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    block, column_tile = place(blocks, tl.cdiv(width, BLOCK_N), BAND)
+    expert = tl.load(experts_ptr + block)
+    if expert < 0:
+        return
+    start = block * BLOCK_M
+    full = True
+    if HALVE:
+        ids = tl.load(sorted_ids_ptr + start + BLOCK_M // 2)
+        full = ids < pairs
+    if full:
+        _gate_up_tile(
+            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
+            start, expert, column_tile, pairs, top_k, width, K,
+            x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+            alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
+            NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+        )  # fmt: skip
+    elif HALVE:
+        _gate_up_tile(
+            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
+            start, expert, column_tile, pairs, top_k, width, K,
+            x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+            alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
+            NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
+    start, expert, column_tile, pairs, N, K,
+    a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+    T: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] of the second product, for the sorted pairs from `start` on."""
+    position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+    pair = tl.load(sorted_ids_ptr + position)
+    a_ptrs = a
+    if not A_TMA:
+        a_ptrs = a + (position * a_row)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    a_scale_ptrs = a_scale_ptr
+    if SCALED:
+        a_scale_ptrs = a_scale_ptr + position * as_row
+    first = column_tile * BLOCK_N
+    sums, _ = contract(
+        a_ptrs, start, a_scale_ptrs, as_block,
+        w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
+        expert, first, first, N, K,
+        T, BLOCK_M, BLOCK_N, BLOCK_K, 1, SWAP, A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, NATIVE_FP8,
+    )  # fmt: skip
+    scales = w_scale_ptr
+    if CHANNEL:
+        scales = w_scale_ptr + expert.to(tl.int64) * ws_expert
+    biases = bias_ptr
+    if BIAS:
+        biases = bias_ptr + expert.to(tl.int64) * bias_expert
+    column = first + tl.arange(0, BLOCK_N)
+    out = finish(sums, scales, biases, column, column < N, T, CHANNEL, BIAS)
+    out_ptrs = out_ptr + (pair.to(tl.int64) * N)[:, None] + column[None, :]
+    tl.store(out_ptrs, out, mask=(pair < pairs)[:, None] & (column < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks", "pairs"])
+def _down(
+    a, a_half, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr, experts_ptr,
+    blocks, pairs, N, K,
+    a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+    T: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    block, column_tile = place(blocks, tl.cdiv(N, BLOCK_N), BAND)
+    expert = tl.load(experts_ptr + block)
+    if expert < 0:
+        return
+    start = block * BLOCK_M
+    full = True
+    if HALVE:
+        ids = tl.load(sorted_ids_ptr + start + BLOCK_M // 2)
+        full = ids < pairs
+    if full:
+        _down_tile(
+            a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
+            start, expert, column_tile, pairs, N, K,
+            a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+            T, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+        )  # fmt: skip
+    elif HALVE:
+        _down_tile(
+            a_half, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
+            start, expert, column_tile, pairs, N, K,
+            a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
+            T, NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,
+            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+        )  # fmt: skip
+
+
+def block_size(
+    num_tokens: int, top_k: int, gate_up: Tensor, down: Tensor, all_experts: int | None = None
+) -> int:
+    """How many pairs `gate_up` and `down` take at a time, from sizes alone: what `moe_align_block_size` is given.
+
+    all_experts: how many experts topk_ids may name, where some are elsewhere.
+    """
+    experts, hidden, width = down.shape
+    pairs = num_tokens * top_k * experts // max(all_experts or experts, 1)
+    return choose(gate_up, (experts, hidden, width), pairs).block_size
+
+
+def gate_up(
+    x: Tensor,
+    weight: Tensor,
+    aligned: Aligned,
+    top_k: int,
+    *,
+    activation: Activation,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    quantize: bool = False,
+    dtype: torch.dtype | None = None,
+    min_amax: float = 1e-10,
+    scale_mode: str = "divide",
+    code_mode: str = "divide",
+    tile: Tile | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """activation(x[token] @ weight[expert].T + bias) of every sorted pair: [P, I], row i of the pair sorted_ids[i].
+
+    x: [T, H] bfloat16 or float16, or float8_e4m3fn codes with x_scale [T, ceil(H / 128)]. weight: [E, 2 * I, H], or
+    [E, I, H] for "relu2", in any strides; float8_e4m3fn with w_scale [E, ceil(rows / 128), ceil(H / 128)], or int8 with
+    w_scale [E, rows] beside x in 16 bits. dtype: that of the roundings; that of x where x is no codes. quantize:
+    returns float8_e4m3fn codes [P, I] and their float32 scales [P, ceil(I / 128)] as `group_quant` with the last
+    three keywords gives them. Rows of padding and of blocks without an expert hold nothing.
+    """
+    rows, dtype = as_rows(x), dtype or x.dtype
+    bias, w_scale = vector(bias), vector(w_scale)
+    experts, outputs, hidden = weight.shape
+    width = activation.width(outputs)
+    if tile is None:
+        pairs = x.shape[0] * top_k
+        tile = choose(
+            weight, (experts, hidden, width), pairs, block_size=aligned.block_size
+        ).gate_up
+    if tile.roles:
+        specialized = _with_roles()
+        gate = "other" if activation.interleaved else activation.name
+        modes = (scale_mode, code_mode)
+        if quantize == (x_scale is not None) and not specialized.unsupported(
+            rows,
+            weight,
+            aligned,
+            gate=gate,
+            bias=bias,
+            w_scale=w_scale,
+            modes=modes,
+            min_amax=min_amax,
+        ):
+            return specialized.gate_up(
+                rows,
+                weight,
+                aligned,
+                top_k,
+                activation=activation,
+                x_scale=x_scale,
+                w_scale=w_scale,
+                quantize=quantize,
+                dtype=dtype,
+                min_amax=min_amax,
+                stages=tile.stages,
+                band=tile.band,
+            )
+        tile = tile.without_roles(weight.element_size())
+    columns = 2 * tile.n if activation.interleaved else tile.n
+    halves = 2 if activation.gated else 1
+    tile = fitting(tile, aligned.block_size + halves * tile.n, rows, weight)
+    padded = aligned.sorted_ids.shape[0]
+    out = x.new_empty((padded, width), dtype=torch.float8_e4m3fn if quantize else dtype)
+    scale = None
+    if quantize:
+        scale = x.new_empty((padded, triton.cdiv(width, GROUP)), dtype=torch.float32)
+        if tile.n % GROUP:
+            raise ValueError(
+                f"gate_up: tile.n is {tile.n}; accepted with quantize: multiples of {GROUP}"
+            )
+    blocks = aligned.block_experts.shape[0]
+    if out.numel() and experts:
+        with on_device(x):
+            _gate_up[(blocks * triton.cdiv(width, tile.n),)](
+                pointer(rows), x_scale, weight_operand(weight, columns, tile), w_scale, bias,
+                out.view(torch.uint8) if quantize else out, scale,
+                aligned.sorted_ids, aligned.block_experts,
+                blocks, x.shape[0] * top_k, top_k, width, hidden,
+                rows.stride(0), *strides(x_scale, 2), *weight.stride(), *strides(w_scale, 3), strides(bias, 2)[0],
+                activation.alpha, activation.limit, min_amax,
+                GATE=activation.name, INTERLEAVED=activation.interleaved, QUANTIZE=quantize,
+                SCALE_MODE=scale_mode, CODE_MODE=code_mode, CODE_MAX=code_max(torch.float8_e4m3fn),
+                BLOCK_M=aligned.block_size,
+                UNIFORM=GROUP % columns == 0 and (width % GROUP == 0 or activation.interleaved or not activation.gated),
+                **constants(rows, weight, bias, w_scale, dtype, tile),
+            )  # fmt: skip
+    return out if scale is None else (out, scale)
+
+
+def down(
+    act: Tensor,
+    weight: Tensor,
+    aligned: Aligned,
+    num_pairs: int,
+    *,
+    bias: Tensor | None = None,
+    act_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """act[i] @ weight[expert].T + bias of every sorted pair, at the place of the pair: [num_pairs, H].
+
+    act, act_scale: what `gate_up` returned. weight: [E, H, I]; the scales, dtype: as there. A pair that is in no block
+    has no row: what lies there is not written.
+    """
+    rows, dtype = as_rows(act), dtype or act.dtype
+    bias, w_scale = vector(bias), vector(w_scale)
+    experts, hidden, width = weight.shape
+    if tile is None:
+        sizes = (experts, hidden, width)
+        tile = choose(weight, sizes, num_pairs, block_size=aligned.block_size).down
+    if tile.roles:
+        specialized = _with_roles()
+        if not specialized.unsupported(rows, weight, aligned, bias=bias, w_scale=w_scale):
+            return specialized.down(
+                rows,
+                weight,
+                aligned,
+                num_pairs,
+                act_scale=act_scale,
+                w_scale=w_scale,
+                dtype=dtype,
+                stages=tile.stages,
+                band=tile.band,
+            )
+        tile = tile.without_roles(weight.element_size())
+    tile = fitting(tile, aligned.block_size + tile.n, rows, weight)
+    out = act.new_empty((num_pairs, hidden), dtype=dtype)
+    blocks = aligned.block_experts.shape[0]
+    if out.numel() and experts:
+        with on_device(act):
+            _down[(blocks * triton.cdiv(hidden, tile.n),)](
+                *rows_operands(rows, aligned.block_size, tile), act_scale,
+                weight_operand(weight, tile.n, tile), w_scale, bias, out,
+                aligned.sorted_ids, aligned.block_experts,
+                blocks, num_pairs, hidden, width,
+                rows.stride(0), *strides(act_scale, 2), *weight.stride(), *strides(w_scale, 3), strides(bias, 2)[0],
+                BLOCK_M=aligned.block_size, UNIFORM=GROUP % tile.n == 0, A_TMA=rows_by_descriptor(rows, tile),
+                **constants(rows, weight, bias, w_scale, dtype, tile),
+            )  # fmt: skip
+    return out
+
+
+def _with_roles() -> ModuleType:
+    """The kernels with roles, whose language is imported only where they are chosen."""
+    from custom_ops.moe import gluon_experts
+
+    return gluon_experts

@@ -1,0 +1,128 @@
+"""What experts do between their two products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from fusion_passes import index_map
+from fusion_passes.canonical import meanings
+from fusion_passes.experts.reading import Unlike, aten, called, element, number, strip
+from fusion_passes.index_map import Size
+from fusion_passes.operations import describe, is_tensor, shape_of
+
+GATED = {
+    meanings.silu_mul: "silu_mul",
+    meanings.gelu_tanh_mul: "gelu_tanh_mul",
+    meanings.clamped_swiglu: "clamped_swiglu",
+}
+
+
+class Between(NamedTuple):
+    """``words``: the op's for an activation. ``source``: what it reads, ``channels`` wide (None: any width)."""
+
+    words: dict[str, Any]
+    source: fx.Node
+    channels: Size | None
+
+
+def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
+    """The activation that a node is the result of; its nodes go to ``inside``. Raises Unlike for any other."""
+    if node.target in GATED:
+        words: dict[str, Any] = {"activation": GATED[node.target]}
+        if len(node.args) > 2:
+            words |= dict(zip(("alpha", "limit"), map(float, node.args[2:])))
+        source, interleaved, channels = _halves(node.args[0], node.args[1], inside)
+        return Between(words | {"interleaved": interleaved}, source, channels)
+    if (squared := _square_of(node)) is not None and squared.target is aten.relu.default:
+        inside.append(squared)
+        return Between({"activation": "relu2"}, squared.args[0], None)
+    unknown = _known_at_run_time(node)
+    raise Unlike(
+        node,
+        f"{called(node)} before the second product is none of the activations that are fused: "
+        "silu_mul, gelu_tanh_mul, clamped_swiglu, relu2"
+        + (f" ({unknown.name}, a number in it, is known only at run time)" if unknown else ""),
+    )
+
+
+def _known_at_run_time(node: fx.Node) -> fx.Node | None:
+    """A number in the pointwise operations above a node that the graph has as a tensor."""
+    stack, seen = [node], {node}
+    while stack:
+        operation = describe(stack.pop())
+        if operation is None or operation.kind != "pointwise":
+            continue
+        for operand in filter(is_tensor, operation.operands):
+            if operand.meta["val"].dim() == 0 and number(operand) is None:
+                return operand
+            if operand not in seen:
+                seen.add(operand)
+                stack.append(operand)
+    return None
+
+
+def _square_of(node: fx.Node) -> fx.Node | None:
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+        return strip(node.args[0])
+    if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
+        return strip(node.args[0])
+    return None
+
+
+def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, bool, Size]:
+    """What gate and up are the halves of, whether they are its even and its odd channels, and how many these are."""
+    parts = []
+    for node in (gate, up):
+        part = _part(strip(node))
+        if part is None:
+            raise Unlike(
+                node, f"{called(strip(node))}, gate or up, is not a half of the product's channels"
+            )
+        inside += [strip(node), *strip(node).all_input_nodes]
+        parts.append(part)
+    first, second = parts
+    if strip(first.source) is not strip(second.source) or first.step != second.step:
+        raise Unlike(gate, f"{gate.name} and {up.name} are not halves of one product")
+    half = index_map.divide(first.channels, 2)
+    if (first.start, second.start, first.step) == (0, 1, 2):
+        return first.source, True, first.channels
+    halved = half is not None and index_map.same_size(second.start, half)
+    if halved and (first.start, first.step) == (0, 1):
+        return first.source, False, first.channels
+    raise Unlike(gate, f"{gate.name}, the gate, is not the first half of the product's channels")
+
+
+class _Part(NamedTuple):
+    """Every step-th channel of a source that has so many channels, from start."""
+
+    source: fx.Node
+    start: Size
+    step: int
+    channels: Size
+
+
+def _part(node: fx.Node) -> _Part | None:
+    if (taken := element(node, {aten.split.Tensor, aten.split_with_sizes.default})) is not None:
+        split, position = taken
+        source, sizes = split.args[0], split.args[1]
+        if not _is_last(split.args[2] if len(split.args) > 2 else 0, source):
+            return None
+        before = sizes[:position] if isinstance(sizes, (list, tuple)) else [sizes] * position
+        return _Part(source, sum(before), 1, shape_of(source)[-1])
+    if node.target is aten.slice.Tensor:
+        given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        source, dim, start, _, step = given
+        if not _is_last(dim, source):
+            return None
+        return _Part(source, start or 0, step, shape_of(source)[-1])
+    if node.target is aten.select.int and _is_last(node.args[1], node.args[0]):
+        pairs, shape = node.args[0], shape_of(node.args[0])  # [..., I, 2]
+        return _Part(pairs, node.args[2], 2, 2 * shape[-2]) if shape[-1] == 2 else None
+    return None
+
+
+def _is_last(dim: int, node: fx.Node) -> bool:
+    rank = len(shape_of(node))
+    return dim % rank == rank - 1

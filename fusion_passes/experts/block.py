@@ -1,0 +1,402 @@
+"""The whole of a mixture of experts, walked out from the second of its two products.
+
+    hidden[token of each pair]  ->  product  (+ bias)  ->  activation  ->  product  (+ bias)
+        ->  times the top-k weight of each pair  ->  back to the order of pairs  ->  [T, K, H] summed over K
+
+The rows may come by pair or sorted by expert, and whatever is done to each row alone may come before or after they are
+put back. Rows of experts that are elsewhere may be set to 0 anywhere: their pairs add nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_passes import index_map, verify
+from fusion_passes.experts.activations import GATED, activation_of
+from fusion_passes.experts.products import (
+    Product,
+    Quantized,
+    before_quantization,
+    is_expert_product,
+    product_at,
+)
+from fusion_passes.experts.reading import (
+    CAST,
+    Unlike,
+    aten,
+    called,
+    dtype_of,
+    gathered,
+    masked,
+    numel,
+    only_reader,
+    shaped,
+    strip,
+)
+from fusion_passes.experts.routing import Index, Routing
+from fusion_passes.fusion import Fusion
+from fusion_passes.index_map import Size
+from fusion_passes.operations import is_tensor, module_path, read, shape_of
+from fusion_passes.places import Place
+from fusion_passes.reporting import NearMiss
+
+
+@dataclass
+class Block:
+    """What the walk found. ``activation``: the keyword arguments of the op that say what it is."""
+
+    routing: Routing
+    first: Product
+    second: Product
+    activation: dict[str, Any]
+    inside: list[fx.Node]
+    gate_up_bias: fx.Node | None = None
+    hidden_states: fx.Node | None = None
+    down_bias: fx.Node | None = None
+    topk_weights: fx.Node | None = None
+    quantization: Quantized | None = None
+    output: fx.Node | None = None
+    sizes: dict[str, Size] = field(default_factory=dict)
+
+
+def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
+    """Every block of a graph, and for each product that belongs to none the reason."""
+    products: dict[fx.Node, Product] = {}
+    missed: list[NearMiss] = []
+
+    def miss(node: fx.Node, why: Unlike) -> None:
+        missed.append(NearMiss(fusion.name, module_path(node), why.node.name, why.reason))
+
+    for node in graph.nodes:
+        if is_expert_product(node) and node.users:
+            try:
+                products[node] = product_at(node)
+            except Unlike as why:
+                miss(node, why)
+        elif _is_dense(node):
+            miss(
+                node,
+                Unlike(node, f"{node.name} gives every expert rows of its own: none is routed"),
+            )
+    by_ids: dict[fx.Node, list[Product]] = {}
+    for product in products.values():
+        by_ids.setdefault(product.routing.ids, []).append(product)
+    for ids, group in by_ids.items():
+        if len(group) % 2:
+            names = ", ".join(product.node.name for product in group)
+            miss(
+                group[-1].node, Unlike(ids, f"{names} go by the top-k ids {ids.name}: not in pairs")
+            )
+            continue
+        for second in group[1::2]:
+            try:
+                yield _place(fusion, graph, _block(second, products))
+            except Unlike as why:
+                miss(second.node, why)
+    yield from missed
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether a node is the second product of experts that all have the same number of rows."""
+    if node.target is not aten.bmm.default or strip(node.args[1]).op != "placeholder":
+        return False
+    return strip(node.args[0]).target in GATED
+
+
+def _hidden_states(block: Block) -> fx.Node:
+    """What the rows of the first product are, each token's once for each of its experts."""
+    product, sizes = block.first, block.sizes
+    rows = _unmasked(product.rows, product, block.inside)
+    taken = gathered(rows)
+    if taken is not None:
+        index = product.routing.read(taken[1])
+        if index == Index("pair", product.sorted):  # with one expert a token, pairs are tokens
+            index = Index("token", product.sorted, 1)
+        found = shaped(taken[0], sizes["num_tokens"], sizes["hidden_size"])
+        if index is not None and (index.what, index.sorted) == ("token", product.sorted):
+            if not index_map.same_size(index.top_k, sizes["top_k"]):
+                raise Unlike(
+                    rows, f"{rows.name} has {index.top_k} rows a token, {sizes['top_k']} are summed"
+                )
+            if found is not None:
+                return found
+    elif not product.sorted:
+        repeated = (
+            (sizes["num_tokens"], True),
+            (sizes["top_k"], False),
+            (sizes["hidden_size"], True),
+        )
+        wanted = index_map.collapse(repeated)
+        for node, mapping in read(rows, None):
+            whole = index_map.same_size(numel(node), sizes["num_tokens"] * sizes["hidden_size"])
+            if whole and index_map.same_map(wanted, mapping):
+                return node
+    raise Unlike(
+        rows,
+        f"{called(rows)}, which {product.node.name} multiplies, is not the hidden states of each pair's token",
+    )
+
+
+def _block(second: Product, products: Mapping[fx.Node, Product]) -> Block:
+    routing, inside = second.routing, [second.node]
+    rows = _unmasked(second.rows, second, inside)
+    quantized = before_quantization(rows)
+    between = rows
+    if quantized is not None:
+        between = strip(quantized.values)
+        inside += quantized.inside
+    inside += [rows, between]
+    activation = activation_of(between, inside)
+    first, gate_up_bias = _first(activation.source, second, products, inside)
+    if not index_map.same_size(activation.channels or first.weight.shape[1], first.weight.shape[1]):
+        raise Unlike(between, f"{called(between)} does not halve all channels of {first.node.name}")
+    block = Block(routing, first, second, activation.words, inside, gate_up_bias)
+    _finish(block)
+    block.hidden_states = _hidden_states(block)
+    _quantized(block, quantized)
+    return block
+
+
+def _unmasked(node: fx.Node, product: Product, inside: list[fx.Node]) -> fx.Node:
+    """A value with a row as each of a product, before the rows of experts that are elsewhere were set to 0."""
+    node = strip(node)
+    while (taken := masked(node)) is not None and product.routing.is_beyond(
+        taken[1], product.sorted
+    ):
+        inside.append(node)
+        node = strip(taken[0])
+    return node
+
+
+def _first(
+    source: fx.Node, second: Product, products: Mapping[fx.Node, Product], inside: list[fx.Node]
+) -> tuple[Product, fx.Node | None]:
+    """The product that the activation reads, and the bias added to it."""
+    node = _unmasked(source, second, inside)
+    bias = None
+    if node not in products and (added := _with_bias(node, second, second.sorted)) is not None:
+        inside.append(node)
+        node, bias = _unmasked(added[0], second, inside), added[1]
+    first = products.get(node)
+    if first is None:
+        raise Unlike(node, f"the activation reads {called(node)}, where a product is expected")
+    if first.routing != second.routing or first.sorted != second.sorted:
+        raise Unlike(node, f"{node.name} and {second.node.name} go by different top-k ids")
+    inside.append(node)
+    return first, bias
+
+
+def _with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node, fx.Node] | None:
+    """(value, bias [E, out]) where a node is the value plus the bias of each row's expert."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    for value, other in (node.args, node.args[::-1]):
+        taken = gathered(other) if is_tensor(value) and is_tensor(other) else None
+        if taken is not None and len(shape_of(taken[0])) == 2:
+            experts = index_map.same_size(shape_of(taken[0])[0], product.weight.shape[0])
+            if experts and product.routing.read(taken[1]) == Index("expert", by_slot):
+                return value, taken[0]
+    return None
+
+
+# ---- after the second product -------------------------------------------------------------------------------------
+
+
+def _finish(block: Block) -> None:
+    """Walk down from the second product to the sum over the experts of a token."""
+    node, by_slot, total = block.second.node, block.second.sorted, None
+    dtype = dtype_of(node)
+    while total is None:
+        reader = only_reader(node)
+        taken, zeroed = gathered(reader), masked(reader)
+        added = _with_bias(reader, block.second, by_slot)
+        if zeroed is not None and block.routing.is_beyond(zeroed[1], by_slot):
+            pass
+        elif block.topk_weights is None and added is not None and dtype_of(reader) is dtype:
+            if block.down_bias is not None:
+                raise Unlike(reader, f"{reader.name} adds a second bias")
+            block.down_bias = added[1]
+        elif taken is not None and strip(taken[0]) is strip(node):
+            if not by_slot or block.routing.read(taken[1]) != Index("slot", False):
+                raise Unlike(reader, f"{reader.name} does not put the rows back in order")
+            by_slot = False
+        elif reader.target is aten.mul.Tensor and block.topk_weights is None:
+            block.topk_weights = _weights(reader, node, block, by_slot)
+        elif reader.target is CAST and (dtype_of(node), dtype_of(reader)) == (dtype, torch.float32):
+            pass  # nothing is lost
+        elif reader.target is aten.sum.dim_IntList:
+            total = reader
+        else:
+            raise Unlike(
+                reader,
+                f"{called(reader)} reads the experts' results, where the product with the top-k weights, "
+                "the order of pairs or their sum is expected",
+            )
+        block.inside.append(reader)
+        node = reader
+    _summed(block, total, by_slot)
+    # a sum in float32 is rounded once, by the cast that follows
+    output, result = total, dtype_of(total)
+    if result is not dtype:
+        output = _cast_to(total, dtype)
+    block.inside.remove(total)
+    if output is not total:
+        block.inside.append(total)
+    block.output = output
+
+
+def _weights(product: fx.Node, node: fx.Node, block: Block, by_slot: bool) -> fx.Node:
+    """The top-k weights, one of each pair in the order of pairs, that a product multiplies rows with."""
+    node, operands = strip(node), [strip(operand) for operand in product.args if is_tensor(operand)]
+    others = [given for given, operand in zip(product.args, operands) if operand is not node]
+    if len(operands) != 2 or len(others) != 1:
+        raise Unlike(product, f"{product.name} does not multiply by the top-k weights")
+    given = others[0]
+    if not index_map.same_size(numel(given), numel(block.routing.ids)) or shape_of(given)[-1] != 1:
+        raise Unlike(
+            product,
+            f"{product.name} multiplies the experts' results by {called(strip(given))}, "
+            "which is not one top-k weight for each pair",
+        )
+    weights = strip(given)
+    promoted = torch.promote_types(dtype_of(block.second.node), dtype_of(weights))
+    if dtype_of(product) is not promoted:
+        raise Unlike(
+            product,
+            f"{product.name} multiplies in {dtype_of(product)} by {dtype_of(weights)} weights",
+        )
+    if not by_slot:
+        return weights
+    taken = gathered(weights)
+    if taken is None or block.routing.read(taken[1]) != Index("pair", True):
+        raise Unlike(product, f"{called(weights)} is not the top-k weights sorted by expert")
+    return strip(taken[0])
+
+
+def _summed(block: Block, total: fx.Node, by_slot: bool) -> None:
+    """The sum is over top_k of [num_tokens, top_k, hidden_size], rows by pair."""
+    source, dims = total.args[0], total.args[1]
+    shape = shape_of(source)
+    if by_slot:
+        raise Unlike(total, f"{total.name} sums rows that are still sorted by expert")
+    if block.topk_weights is None:
+        raise Unlike(total, f"{total.name} sums rows that no top-k weight was applied to")
+    keeps = len(total.args) > 2 and total.args[2]
+    if len(shape) != 3 or [dim % 3 for dim in dims] != [1] or keeps:
+        raise Unlike(total, f"{total.name} does not sum over the experts of a token")
+    if dtype_of(total) not in (torch.float32, dtype_of(block.second.node)):
+        raise Unlike(total, f"{total.name} sums in {dtype_of(total)}")
+    num_tokens, top_k, hidden_size = shape
+    experts, features, width = block.first.weight.shape
+    block.sizes = {
+        "num_tokens": num_tokens,
+        "top_k": top_k,
+        "num_experts": experts,
+        "hidden_size": hidden_size,
+        "up_features": features,
+        "intermediate_size": block.second.weight.shape[2],
+    }
+    gated = 1 if block.activation["activation"] == "relu2" else 2
+    expected = (experts, hidden_size, features // gated)
+    if (experts, features, width) != (experts, gated * expected[2], hidden_size) or (
+        block.second.weight.shape != expected
+    ):
+        raise Unlike(
+            total,
+            f"the experts' weights are {block.first.weight.shape} and {block.second.weight.shape}: "
+            f"they do not lead from {hidden_size} channels back to as many",
+        )
+
+
+def _cast_to(total: fx.Node, dtype: torch.dtype) -> fx.Node:
+    reader = only_reader(total)
+    if reader.target is not CAST or dtype_of(reader) is not dtype:
+        raise Unlike(
+            total,
+            f"{total.name}, the sum over the experts of a token, is {dtype_of(total)} and read by "
+            f"{called(reader)}; a result in {dtype} is expected",
+        )
+    return reader
+
+
+# ---- FP8 and the place --------------------------------------------------------------------------------------------
+
+
+def _quantized(block: Block, between: Quantized | None) -> None:
+    """Both products take FP8, or neither does."""
+    weights = [product.weight for product in (block.first, block.second)]
+    scaled = [weight.scale is not None for weight in weights]
+    assert block.hidden_states is not None
+    hidden = before_quantization(block.hidden_states)
+    node = block.second.node
+    if not any(scaled):
+        if between is not None:
+            raise Unlike(node, "the activation is quantized, but the weights are not")
+        return
+    if not all(scaled) or between is None or hidden is None:
+        missing = "a weight" if not all(scaled) else "an activation"
+        raise Unlike(node, f"{missing} of the experts is not quantized to FP8")
+    if (between.min_amax, between.arithmetic) != (hidden.min_amax, hidden.arithmetic):
+        raise Unlike(node, "what the two products read is not quantized in the same way")
+    if hidden.arithmetic.arguments().keys() - {"scale_mode", "code_mode"}:
+        raise Unlike(node, f"activations are quantized with {hidden.arithmetic}")
+    block.hidden_states, block.quantization = hidden.values, hidden
+
+
+def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
+    assert block.output is not None
+    first, second = block.first.weight, block.second.weight
+    inputs = {
+        "hidden_states": block.hidden_states,
+        "gate_up": first.value,
+        "down": second.value,
+        "topk_weights": block.topk_weights,
+        "topk_ids": block.routing.ids,
+        "gate_up_bias": block.gate_up_bias,
+        "down_bias": block.down_bias,
+        "gate_up_scale": first.scale,
+        "down_scale": second.scale,
+    }
+    weights = index_map.product(first.shape) + index_map.product(second.shape)
+    pairs = block.sizes["num_tokens"] * block.sizes["top_k"]
+    copies = block.second.copies_weights
+    sizes = block.sizes | {
+        # elements that are written and read again besides the rows
+        "copied_weights": weights // first.shape[0] * pairs if copies else 0,
+        "dequantized_weights": weights if first.scale is not None else 0,
+    }
+    words = [
+        "batched" if copies else "grouped",
+        block.activation["activation"],
+        *(["interleaved"] if block.activation.get("interleaved") else []),
+        *(["bias"] if block.gate_up_bias is not None or block.down_bias is not None else []),
+        *(["transposed weights"] if first.transposed else []),
+        *(["fp8_block"] if first.scale is not None else []),
+    ]
+    keywords = dict(block.activation)
+    if block.quantization is not None:
+        keywords |= {
+            "min_amax": block.quantization.min_amax,
+            **block.quantization.arithmetic.arguments(),
+        }
+    return Place(
+        fusion,
+        graph,
+        ", ".join(words),
+        [block.output],
+        list(dict.fromkeys(block.inside)),
+        {name: node for name, node in inputs.items() if node is not None},
+        sizes,
+        limits={block.routing.ids: first.shape[0]},
+        # FP8: what stands between the products is quantized again, and a code next to a tie falls to either side
+        tolerance=None if block.quantization is None else 2 * verify.ACCUMULATED,
+        constants={
+            "keywords": keywords,
+            "transposed": {"gate_up": first.transposed, "down": second.transposed},
+        },
+    )

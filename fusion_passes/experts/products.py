@@ -1,0 +1,223 @@
+"""A product of rows with the matrix of the expert that each row goes to, in every form that models have.
+
+_grouped_mm(rows, weight [E, in, out], offsets)             rows sorted by expert, offsets their counts added up
+grouped_mm_fallback(rows, weight [E, in, out], offsets)     transformers', where _grouped_mm does not compile
+bmm(weight[ids] [S, out, in], rows [S, in, 1])              one matrix a row, and its transpose
+bmm(rows [S, 1, in], weight[ids] [S, in, out])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor as T
+from torch import fx
+
+from fusion_passes import index_map
+from fusion_passes.arithmetic import Arithmetic
+from fusion_passes.canonical import quantizations
+from fusion_passes.compiled_pattern import compile_pattern
+from fusion_passes.experts.reading import Unlike, aten, dtype_of, element, gathered, strip
+from fusion_passes.experts.routing import Routing, counted, ids_of
+from fusion_passes.fusion import Fusion, Pattern, Tensor
+from fusion_passes.index_map import Size
+from fusion_passes.matching import Match, Matcher
+from fusion_passes.operations import shape_of
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+# by name: transformers' operator exists only once transformers has been imported
+_ARGUMENTS = (("rows", "input"), ("weight", "mat2"), ("offs", "offs"))
+_GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """[num_experts, out, in] as the graph has it. ``transposed``: ``value`` is [num_experts, in, out]."""
+
+    value: fx.Node
+    transposed: bool
+    scale: fx.Node | None = None
+
+    @property
+    def shape(self) -> tuple[Size, Size, Size]:
+        experts, out, inner = shape_of(self.value)
+        return (experts, inner, out) if self.transposed else (experts, out, inner)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``node`` [S, out] is each row of ``rows`` [S, in] times the weight of its expert.
+
+    sorted: rows come by slot, not by pair.
+    """
+
+    node: fx.Node
+    rows: fx.Node
+    weight: Weight
+    routing: Routing
+    sorted: bool
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the graph makes a matrix for each row first."""
+        return self.node.target is aten.bmm.default
+
+
+def is_expert_product(node: fx.Node) -> bool:
+    """Whether a node is one of the forms above, or would be but for what `product_at` objects to."""
+    if node.op != "call_function":
+        return False
+    if str(node.target) in _GROUPED:
+        ranks = [argument.meta["val"].dim() for argument in node.args[:2]]
+        return ranks == [2, 3] and len(node.all_input_nodes) > 2
+    return node.target is aten.bmm.default and any(
+        _gathered_matrices(operand) is not None for operand in node.args
+    )
+
+
+def product_at(node: fx.Node) -> Product:
+    """Raises Unlike where rows, weights and ids do not fit together."""
+    product = _batched(node) if node.target is aten.bmm.default else _grouped(node)
+    if dtype_of(node) not in (torch.bfloat16, torch.float16):
+        raise Unlike(node, f"{node.name} is {dtype_of(node)}; supported: bfloat16, float16")
+    return product
+
+
+def _grouped(node: fx.Node) -> Product:
+    names = ("rows", "weight", "offs", "bias", "out_dtype")
+    given = dict(zip(names, node.args)) | node.kwargs
+    rows, weight, offsets = (given.get(new, given.get(old)) for new, old in _ARGUMENTS)
+    if given.get("bias") is not None:
+        raise Unlike(node, f"{node.name} adds a bias of its own")
+    experts = shape_of(weight)[0]
+    ids = counted(offsets, experts)
+    if ids is None:
+        raise Unlike(offsets, f"{offsets.name} is not the number of pairs of each expert, added up")
+    return Product(node, strip(rows), _weight(weight, transposed=True), Routing(ids, experts), True)
+
+
+def _batched(node: fx.Node) -> Product:
+    for position, other in ((0, 1), (1, 0)):
+        taken = _gathered_matrices(node.args[position])
+        if taken is None:
+            continue
+        weight, index, transposed = taken
+        experts = shape_of(weight)[0]
+        ids = ids_of(index, experts)
+        routing = None if ids is None else Routing(ids, experts)
+        read = None if routing is None else routing.read(index)
+        if routing is None or read is None:
+            raise Unlike(index, f"{index.name} does not hold an expert for each row")
+        # of matrix @ row it is [S, out, in] already, of row @ matrix [S, in, out]
+        transposed ^= position == 1
+        rows = strip(node.args[other])
+        return Product(node, rows, _weight(weight, transposed), routing, read.sorted)
+    raise AssertionError("not an expert product")
+
+
+def _gathered_matrices(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """(weight, index, whether the result is transposed) where a node is a matrix for each row."""
+    node, transposed = _untransposed(node)
+    taken = gathered(node)
+    if taken is None or len(shape_of(taken[0])) != 3:
+        return None
+    return *taken, transposed
+
+
+def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The value that a node is a transpose of the last two dimensions of, and whether it is one."""
+    transposed = False
+    node = strip(node)
+    while (swapped := _transpose_of(node)) is not None:
+        node, transposed = strip(swapped), not transposed
+    return node, transposed
+
+
+def _transpose_of(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_function" or len(shape_of(node) if "val" in node.meta else ()) != 3:
+        return None
+    if node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]:
+        return node.args[0]
+    if node.target is aten.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}:
+        return node.args[0]
+    return None
+
+
+def _weight(node: fx.Node, transposed: bool) -> Weight:
+    value, swapped = _untransposed(node)
+    transposed ^= swapped
+    found = _matched(_DEQUANTIZED_WEIGHT, value)
+    if found is None or transposed:
+        return Weight(value, transposed)
+    return Weight(found.base("weight"), False, found.base("scale"))
+
+
+# ---- FP8 ----------------------------------------------------------------------------------------------------------
+
+
+def _dequantized_weight(weight: T, scale: T) -> T:
+    blocks = scale.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    return (weight.float() * blocks).to(torch.bfloat16)
+
+
+def _dequantized_rows(codes: T, scale: T) -> T:
+    groups = codes.unflatten(-1, (-1, BLOCK)).float()
+    return (groups * scale.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
+
+
+_DEQUANTIZED_WEIGHT = Pattern(
+    _dequantized_weight,
+    {
+        "weight": Tensor("experts", f"row_blocks * {BLOCK}", f"column_blocks * {BLOCK}", dtype=FP8),
+        "scale": Tensor("experts", "row_blocks", "column_blocks", dtype=torch.float32),
+    },
+)
+_DEQUANTIZED_ROWS = Pattern(
+    _dequantized_rows,
+    {
+        "codes": Tensor("num_tokens", f"num_groups * {BLOCK}", dtype=FP8),
+        "scale": Tensor("num_tokens", "num_groups", dtype=torch.float32),
+    },
+)
+_DEQUANTIZATION = Fusion(
+    "dequantization",
+    "8-bit codes times their scales",
+    0,
+    patterns=(_DEQUANTIZED_WEIGHT, _DEQUANTIZED_ROWS),
+    rewrite=lambda m: (),
+)
+
+
+def _matched(pattern: Pattern, node: fx.Node) -> Match | None:
+    compiled = compile_pattern(pattern)
+    matcher = Matcher(_DEQUANTIZATION, compiled, node.graph)
+    return matcher.match if matcher.run(compiled.outputs[0], node) else None
+
+
+class Quantized(NamedTuple):
+    """``values`` were quantized in groups of 128 and dequantized again by the nodes ``inside``."""
+
+    values: fx.Node
+    min_amax: float
+    arithmetic: Arithmetic
+    inside: tuple[fx.Node, ...]
+
+
+def before_quantization(node: fx.Node) -> Quantized | None:
+    """What a node was before it was quantized and dequantized again; None where it was not."""
+    match = _matched(_DEQUANTIZED_ROWS, strip(node))
+    if match is None:
+        return None
+    codes, scale = match.base("codes"), match.base("scale")
+    parts = [element(part, {quantizations.group_quant}) for part in (codes, scale)]
+    quantization = parts[0][0] if parts[0] is not None else None
+    if quantization is None or parts != [(quantization, 0), (quantization, 1)]:
+        return None
+    values, group_size, min_amax, arithmetic = quantization.args
+    if not index_map.same_size(group_size, BLOCK) or not isinstance(min_amax, (int, float)):
+        return None
+    inside = (*match.nodes.values(), codes, scale, quantization)
+    return Quantized(values, float(min_amax), arithmetic, inside)

@@ -1,0 +1,85 @@
+"""Linears that read one activation shrink it in one kernel: q, k and v, gate and up.
+
+    lora_add(x, q, [a_q], [b_q], ...), lora_add(x, k, [a_k], [b_k], ...)
+
+    ->   y = lora_shrink(x, [a_q, a_k], ...); lora_expand(y[0:1], [b_q], q, ...), lora_expand(y[1:2], [b_k], k, ...)
+
+These are the adapters of :class:`fusion_passes.lora.AdapterManager` over linears that are no plain ones (block-FP8):
+a plain one and its adapters are one op already. Where an adapter has another rank in each of them, the shrink has the
+largest: what that adds to the others is left from an adapter before, and `lora_expand` does not read it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+import custom_ops
+from fusion_passes import index_map, torch_internals
+from fusion_passes.fusion import Fusion
+from fusion_passes.operations import module_path, shape_of
+from fusion_passes.reporting import Site
+
+aten = torch.ops.aten
+
+
+def _transform(graph: fx.Graph) -> Iterator[Site]:
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=custom_ops.ops()["lora_add"].overload):
+        x, _, a, _, _, _, *batch = node.args
+        groups.setdefault((x, shape_of(a[0])[:2], *batch), []).append(node)
+    for nodes in groups.values():
+        # what is made after the first of them cannot be read there; slots are inputs of the graph, and come before
+        together = [n for n in nodes if all(slot < nodes[0] for slot in (*n.args[2], n.args[5]))]
+        if len(together) > 1:
+            yield from _merge(graph, together)
+
+
+def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
+    shrink, expand = (custom_ops.ops()[name].overload for name in ("lora_shrink", "lora_expand"))
+    x, batch = nodes[0].args[0], nodes[0].args[6:]
+    slices = [a for node in nodes for a in node.args[2]]
+    with torch_internals.fake_mode_of(graph):
+        with graph.inserting_before(nodes[0]):
+            ranks = functools.reduce(
+                lambda a, b: a if a is b else _call(nodes[0], aten.maximum.default, a, b),
+                [node.args[5] for node in nodes],
+            )
+            y = _call(nodes[0], shrink, x, slices, ranks, *batch)
+        start = 0
+        for node in nodes:
+            _, base, a, b, scaling, ranks, *_ = node.args
+            with graph.inserting_before(node):
+                part = _call(node, aten.slice.Tensor, y, 0, start, start + len(a))
+                node.replace_all_uses_with(
+                    _call(node, expand, part, b, base, scaling, ranks, *batch)
+                )
+            start += len(a)
+            graph.erase_node(node)
+    saved = 2 * index_map.product(shape_of(x))  # the 16-bit activation is read once less
+    for node in nodes[1:]:
+        yield Site(
+            "shared_lora_shrink",
+            module_path(node),
+            bytes_saved=str(saved),
+            bytes_saved_here=torch_internals.size_hint(saved, graph),
+        )
+
+
+def _call(like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = like.graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
+    return node
+
+
+FUSION = Fusion(
+    name="shared_lora_shrink",
+    summary="the adapters of linears that read one activation shrink it in one kernel",
+    stage=1,
+    priority=-1,
+    transform=_transform,
+)

@@ -1,0 +1,32 @@
+"""Sigmoid and top-k of a router as one kernel.
+
+sigmoid (+ bias), topk (/ sum, * scale, cast)   ->   topk_sigmoid(logits, top_k, correction_bias=bias, ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from fusion_passes.experts import routers
+from fusion_passes.fusion import Fusion
+from fusion_passes.places import Place
+from fusion_passes.reporting import NearMiss
+
+
+def _find(graph: fx.Graph) -> Iterable[Place | NearMiss]:
+    return routers.find(FUSION, graph)
+
+
+FUSION = Fusion(
+    name="topk_sigmoid",
+    summary="sigmoid and top-k of a router",
+    stage=1,
+    priority=2,
+    find=_find,
+    rewrite=routers.rewrite,
+    # stock: the scores are written and read by top-k, and so is what comes after it
+    bytes_before="16*num_tokens*num_experts + 40*num_tokens*top_k",
+    bytes_after="4*num_tokens*num_experts + 12*num_tokens*top_k",
+)

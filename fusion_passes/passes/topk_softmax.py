@@ -1,0 +1,33 @@
+"""Softmax and top-k of a router as one kernel.
+
+softmax, topk (/ sum, * scale, cast)    ->   topk_softmax(logits, top_k, ...)
+topk, softmax of the chosen             ->   topk_softmax(logits, top_k, softmax_first=False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from fusion_passes.experts import routers
+from fusion_passes.fusion import Fusion
+from fusion_passes.places import Place
+from fusion_passes.reporting import NearMiss
+
+
+def _find(graph: fx.Graph) -> Iterable[Place | NearMiss]:
+    return routers.find(FUSION, graph)
+
+
+FUSION = Fusion(
+    name="topk_softmax",
+    summary="softmax and top-k of a router",
+    stage=1,
+    priority=2,
+    find=_find,
+    rewrite=routers.rewrite,
+    # stock: the scores are written and read by top-k, and so is what comes after it
+    bytes_before="24*num_tokens*num_experts + 40*num_tokens*top_k",
+    bytes_after="4*num_tokens*num_experts + 12*num_tokens*top_k",
+)

@@ -1,0 +1,170 @@
+"""The benchmark of mixtures of experts, at tiny sizes on the CPU's clock, and the table that it is distilled into."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import moe as mixtures
+from bench import tuning
+from bench.__main__ import app
+from bench.case import close
+from bench.results import Row, Run
+from bench.suites import moe
+from bench.timer import HostTimer
+from custom_ops.moe import choice
+from custom_ops.moe.parts import Pipeline
+
+CPU = torch.device("cpu")
+MODELS = {name: moe.small(model) for name, model in moe.MODELS.items()}
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_block_by_hand_is_the_block_of_transformers(name):
+    model = MODELS[name]
+    with torch.no_grad():
+        hidden_states = moe.draw(model, 9, CPU).unsqueeze(0)
+        expected = moe.run_block(moe.block(model, "bf16", CPU), hidden_states)
+        ours = moe.by_hand(model, "bf16", hidden_states)
+    assert close(1e-2)(expected, ours) is None
+    assert not torch.equal(ours, torch.zeros_like(ours))
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if len(model.dtypes) > 1])
+def test_fp8_by_hand_is_near(name):
+    model = MODELS[name]
+    with torch.no_grad():
+        hidden_states = moe.draw(model, 9, CPU).unsqueeze(0)
+        ours = moe.by_hand(model, "fp8_block", hidden_states)
+        expected = moe.by_hand(model, "bf16", hidden_states)
+    assert close(8e-2)(expected, ours) is None
+    assert close(1e-3)(expected, ours) is not None
+
+
+def test_the_sizes_that_must_be_shown_are_there():
+    labels = {case.label for case in moe.cases()}
+    for tokens in (1, 16, 64, 512, 4096):
+        sizes = f"tokens={tokens}, experts=128, top_k=8, hidden=2048, intermediate=768"
+        for dtype in ("bf16", "fp8_block"):
+            assert f"moe_block_qwen3_30b_a3b_{dtype}({sizes}, pairs={8 * tokens})" in labels
+    names = {case.name for case in moe.cases()}
+    for model in ("mixtral_8x7b", "deepseek_v3_slice", "gpt_oss_20b"):
+        assert f"moe_block_{model}_bf16" in names
+
+
+def test_the_least_traffic_and_the_floor():
+    qwen = moe.MODELS["qwen3_30b_a3b"]
+    assert qwen.weight_bytes == 3 * 2048 * 768
+    moved, flops = moe.least(qwen, "bf16", 4096, [256] * 128)
+    assert flops == 2 * 3 * 2048 * 768 * 32768
+    assert moe.floor_us(moved, flops, "bf16") == pytest.approx(402, rel=0.1)  # as issue 5 has it
+    moved, _ = moe.least(qwen, "bf16", 1)
+    assert moe.floor_us(moved, 0, "bf16") == pytest.approx(25, rel=0.02)
+    one, _ = moe.least(qwen, "fp8_block", 1)
+    assert one < 0.51 * moved
+    some, _ = moe.least(qwen, "bf16", 2, [1, 1, 0])
+    assert some == 2 * 2 * qwen.weight_bytes + 8 * 2048
+
+
+def test_a_slice_has_about_its_share_of_the_pairs():
+    model = MODELS["deepseek_v3_slice"]
+    module = moe.block(model, "bf16", CPU)
+    _, ids = moe.route(model, module, moe.draw(model, 32, CPU))
+    share = 32 * model.top_k * model.experts / model.everywhere
+    assert 0.7 * share <= sum(moe.hit(model, ids)) <= 1.3 * share
+
+
+def test_a_profile_has_every_part_and_a_picture(tmp_path):
+    model = MODELS["qwen3_30b_a3b"]
+    with torch.no_grad():
+        rows = [
+            mixtures.profile(model, "bf16", tokens, CPU, HostTimer(reps=1), "grouped_mm")
+            for tokens in (1, 4)
+        ]
+    for row in rows:
+        assert set(row.warm_us) == {*mixtures.PARTS, "block"}
+        assert min(row.warm_us.values()) > 0
+        assert row.ratios["tokens_per_expert_least"] >= 1
+        assert row.ratios["experts_hit"] <= model.experts
+        micros = row.warm_us["experts"]
+        assert row.ratios["experts_tflops"] == pytest.approx(row.flops / micros / 1e6)
+        moved = row.warm_us["prepare"] + row.warm_us["finalize"]
+        assert row.ratios["align_and_permute"] == pytest.approx(moved / row.warm_us["block"])
+    (path,) = mixtures.draw(rows, "a CPU", tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert mixtures.profile_table(rows).row_count == 2
+
+
+def test_the_command_writes_rows(tmp_path):
+    arguments = ["moe", "--tiny", "--device", "cpu", "--out", str(tmp_path), "--commit", "abc"]
+    result = runner.invoke(
+        app, [*arguments, "--model", "mixtral_8x7b", "--dtype", "bf16", "--experts", "grouped_mm"]
+    )
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("moe_profile-*.json")
+    data = json.loads(path.read_text())
+    assert data["commit"] == "abc"
+    assert [row["case"] for row in data["rows"]] == ["moe_profile_mixtral_8x7b_bf16"]
+    assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="no model 'llama'; accepted: qwen3_30b_a3b, mixtral_8x7b"):
+        mixtures.models(["llama"], tiny=True)
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def run_of(*rows: Row, date: str = "2026-01-01T00:00:00+00:00") -> Run:
+    device = {"name": "GPU", "arch": "sm_90"}
+    return Run("moe", device, {}, "abc", "", date, "", 3000.0, list(rows))
+
+
+def row_of(case: str, tokens: int, **us: float) -> Row:
+    sizes = {"tokens": tokens, "experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32}
+    row = Row(case, {**sizes, "pairs": 2 * tokens})
+    row.warm_us = {"ours": 1.0, **{f"experts {name}": time for name, time in us.items()}}
+    row.finish(3000.0)
+    return row
+
+
+def test_what_was_measured_is_written_and_decides(tmp_path, monkeypatch):
+    folder = tmp_path / "products"
+    folder.mkdir()
+    (folder / "sm_90.json").write_text(json.dumps({"arch": "sm_90", "scaled_mm": {"kept": []}}))
+    run = run_of(
+        row_of("fused_moe_qwen_bf16", 1, triton=3.0, triton_decode=2.0, grouped_mm=9.0),
+        row_of("fused_moe_qwen_bf16", 512, triton=3.0, deep_gemm=2.5),
+        row_of("fused_moe_qwen_fp8_block", 1, triton_fp8_block=1.0),
+        row_of("moe_block_qwen_bf16", 1, triton=0.1),
+    )
+    (path,) = tuning.write([run], tmp_path, "moe")
+    assert path == folder / "sm_90.json"
+    table = json.loads(path.read_text())
+    assert table["scaled_mm"] == {"kept": []}
+    assert set(table["fused_moe"]) == {"bfloat16", "fp8_block"}
+    rows = table["fused_moe"]["bfloat16"]
+    assert list(choice.nearest(rows, (8, 64, 32), 2)) == ["triton_decode", "triton", "grouped_mm"]
+    assert list(choice.nearest(rows, (8, 64, 32), 3)) == ["deep_gemm", "triton"]
+
+
+def test_the_names_in_a_table_are_those_of_pipelines():
+    """What the shipped tables say can be run."""
+    from custom_ops import tables
+
+    for table in tables.load().values():
+        for rows in table.get(choice.TABLE, {}).values():
+            for row in rows:
+                assert set(row["us"]) <= set(choice.pipelines())
+    assert all(isinstance(each, Pipeline) for each in choice.pipelines().values())
+
+
+def test_tune_knows_its_families():
+    result = runner.invoke(app, ["tune", "--family", "lora2"])
+    assert result.exit_code == 2
+    assert "no family" in result.output

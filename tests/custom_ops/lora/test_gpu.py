@@ -1,0 +1,216 @@
+"""On a GPU: every way, CUDA graphs whose adapters change under them, addresses beyond 2^31."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import custom_ops
+from custom_ops.lora import hopper, linear, ways
+from tests.custom_ops.lora.cases import Batch, Single, adapters, normal
+from tests.custom_ops.lora.test_ops import SPLIT, assert_expanded, assert_within
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.bfloat16, torch.float16)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+SINGLE_WAYS = (*ways.DECODES, "prefill", "fused", "apart", "beside")
+BATCH_WAYS = (*ways.DECODES, "apart", "beside")
+
+
+@functools.cache
+def runner(kind: str, way: str):
+    """The function that takes a way by its name."""
+    if way in (*ways.DECODES, "prefill"):
+        run = hopper.load_single() if kind == "single" else hopper.load_batch()
+    else:
+        run = linear.lora_linear_single if kind == "single" else linear.lora_linear
+    return functools.partial(run, way=way)
+
+
+@st.composite
+def single_calls(draw, floats=(True, False)) -> Single:
+    seed = draw(st.integers(10, 2**31))
+    tokens = draw(st.sampled_from((1, 7, 16, 17, 32, 50, 64, 100, 129, 300)))
+    channels = draw(st.sampled_from((8, 64, 72, 512, 1000)))
+    columns = draw(st.sampled_from((8, 64, 136, 384, 1032)))
+    rank = draw(st.sampled_from((8, 16, 24, 40, 64, 128)))
+    dtype = draw(st.sampled_from(DTYPES))
+    own = torch.float32 if draw(st.sampled_from(floats)) else dtype
+    return Single(
+        normal(seed, (tokens, channels), dtype),
+        normal(seed + 1, (columns, channels), dtype),
+        normal(seed + 2, (columns,), dtype) if draw(st.booleans()) else None,
+        normal(seed + 3, (rank, channels), own),
+        normal(seed + 4, (columns, rank), own),
+        0.7,
+    )
+
+
+def assert_single(way: str, call: Single) -> None:
+    out = runner("single", way)(*call.args)
+    exact, magnitude = call.exact()
+    eps = torch.finfo(out.dtype).eps
+    steps = 4 * eps if call.a.dtype == out.dtype else SPLIT
+    bound = steps * magnitude + eps * exact.abs() + base_bound(call.x, call.weight)
+    assert_within(out, exact, bound)
+
+
+def base_bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What two orders of the float32 sums of the base may differ by."""
+    return (x.shape[-1] + 8) * 2.0**-24 * (x.double().abs() @ weight.double().abs().t())
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ways.DECODES)
+@given(call=single_calls())
+@settings(max_examples=20)
+def test_single_in_the_decode_kernel(way, call):
+    assert_single(way, call)
+
+
+@on_hopper
+@given(call=single_calls(floats=(False,)))
+@settings(max_examples=20)
+def test_single_in_the_prefill_kernel(call):
+    assert_single("prefill", call)
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ["fused", "apart", "beside"])
+@given(call=single_calls())
+@settings(max_examples=3)  # Triton compiles a kernel for most of them
+def test_single_in_triton(way, call):
+    assert_single(way, call)
+
+
+@on_hopper
+@pytest.mark.parametrize("way", [way for way in SINGLE_WAYS if way != "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rounding_of_peft_is_there(way, dtype):
+    """Integers: sums are exact in any order, so that a missing or a further rounding would be seen."""
+
+    def integers(which: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return (normal(which, shape, torch.float32) * 2).round().to(dtype)
+
+    x, weight = integers(1, (60, 256)), integers(2, (384, 256))
+    a, b = integers(3, (16, 256)), integers(4, (384, 16))
+    eager = torch.nn.functional.linear(x, weight)
+    eager = eager + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b) * 0.7
+    assert torch.equal(runner("single", way)(x, weight, None, a, b, 0.7), eager)
+
+
+def mixed(
+    seed, tokens, channels, widths, ranks, most, dtype, bias, spare=5
+) -> tuple[Batch, object]:
+    batch = custom_ops.LoRABatch(tokens + spare, len(ranks), device="cuda")
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randint(-1, len(ranks), (tokens,), generator=generator).tolist()
+    batch.update(slots)
+    a, b = adapters(seed + 20, ranks, most, channels, widths, dtype)
+    call = Batch(
+        normal(seed, (tokens, channels), dtype),
+        normal(seed + 1, (sum(widths), channels), dtype),
+        normal(seed + 2, (sum(widths),), dtype) if bias else None,
+        *(a, b, normal(seed + 3, (len(ranks),), torch.float32)),
+        torch.tensor(ranks, dtype=torch.int32, device="cuda"),
+        *(batch.tensors, slots),
+    )
+    return call, batch
+
+
+@st.composite
+def batch_calls(draw) -> Batch:
+    most = draw(st.sampled_from((8, 16, 40, 128)))
+    return mixed(
+        draw(st.integers(10, 2**30)),
+        draw(st.sampled_from((1, 7, 16, 30, 64, 90))),
+        draw(st.sampled_from((8, 72, 512))),
+        draw(st.sampled_from(([8], [200], [128, 256], [256, 128, 136]))),
+        draw(st.lists(st.integers(0, most), min_size=1, max_size=9)),
+        most,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.booleans()),
+    )[0]
+
+
+def assert_batch(way: str, call: Batch) -> None:
+    assert_linear(runner("batch", way)(*call.linear), call)
+
+
+def assert_linear(out: torch.Tensor, call: Batch) -> None:
+    """base + low-rank product; the BLAS and the kernel sum the base in orders of their own."""
+    delta, magnitude = call.exact_expand(*call.exact_shrink())
+    base = call.base().double()
+    step = torch.finfo(out.dtype).eps * base.abs() + base_bound(call.x, call.weight)
+    assert_within(out, base + delta, step + SPLIT * magnitude + step_of(out, delta))
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ways.DECODES)
+@given(call=batch_calls())
+@settings(max_examples=20)
+def test_batch_in_the_decode_kernel(way, call):
+    assert_batch(way, call)
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ["apart", "beside"])
+@given(call=batch_calls())
+@settings(max_examples=3)
+def test_batch_in_triton(way, call):
+    assert_batch(way, call)
+
+
+def step_of(out, delta):
+    return torch.finfo(out.dtype).eps * (delta.abs() + out.double().abs().nan_to_num(0.0, 0.0, 0.0))
+
+
+@on_hopper
+@pytest.mark.parametrize("way", BATCH_WAYS)
+def test_a_captured_graph_serves_other_adapters(way):
+    """One capture, then other tokens for other slots, other contents of a slot, and no adapter at all."""
+    call, batch = mixed(5, 60, 256, [256, 128], [8, 16, 3, 0, 16], 16, torch.bfloat16, True)
+    run = runner("batch", way)
+    run(*call.linear)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(*call.linear)
+    generator = torch.Generator().manual_seed(0)
+    for count in (60, 13, 0):
+        call.slots = torch.randint(-1, 5, (count,), generator=generator).tolist()
+        batch.update(call.slots)
+        call.slots += [-1] * (60 - count)
+        call.a[0][1] *= 0.5
+        call.x.copy_(normal(count, (60, 256), torch.bfloat16))
+        graph.replay()
+        assert_linear(out, call)
+
+
+def test_slots_beyond_two_to_the_31_elements():
+    """The last slot of buffers of more than 2^31 elements: 64-bit offsets."""
+    slots, rank, channels = 5200, 16, 26000
+    free = torch.cuda.mem_get_info()[0]
+    if free < 12 << 30:
+        pytest.skip(f"needs 12 GiB of free GPU memory, here are {free >> 30}")
+    a = torch.zeros(slots, rank, channels, dtype=torch.bfloat16, device="cuda")
+    b = torch.zeros(slots, channels, rank, dtype=torch.bfloat16, device="cuda")
+    assert a.numel() > 2**31
+    a[-1] = normal(1, (rank, channels), torch.bfloat16)
+    b[-1] = normal(2, (channels, rank), torch.bfloat16)
+    batch = custom_ops.LoRABatch(4, slots, device="cuda")
+    batch.update([slots - 1, 0])
+    x, base = normal(3, (2, channels), torch.bfloat16), normal(4, (2, channels), torch.bfloat16)
+    scaling = torch.ones(slots, device="cuda")
+    ranks = torch.full((slots,), rank, dtype=torch.int32, device="cuda")
+    out = custom_ops.lora_add(x, base, [a], [b], scaling, ranks, *batch.tensors)
+    delta = b[-1].double() @ (a[-1].double() @ x[0].double())
+    most = b[-1].double().abs() @ (a[-1].double().abs() @ x[0].double().abs())
+    assert_expanded(out[:1], base[:1], delta[None], most[None])
+    assert torch.equal(out[1], base[1])

@@ -1,0 +1,97 @@
+"""Mixtures of experts on a GPU: the kernels themselves, against eager there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fusion_passes
+from fusion_passes import registry
+from fusion_passes.testing import fuse
+from tests.models.moe_zoo import build, tokens
+from tests.models.test_moe import FUSIONS, IMPLEMENTATIONS, ROUTERS, routes
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("transformers", reason="needs the extra 'models'")
+
+LAYERS = 2
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_one_line(
+    kind: str, scheme: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, and that no reference ran; the later calls run under a CUDA graph in one mode."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    torch.compiler.reset()
+    model = copy.deepcopy(build(kind, "grouped_mm", scheme, LAYERS)).cuda()
+    ids = tokens(64).cuda()
+    monkeypatch.setenv("FUSION_PASSES", "all")  # torch.compile takes a mode or options
+    compiled = torch.compile(model, backend=backend, mode=mode)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for _ in range(3):
+            actual = compiled(ids, use_cache=False).logits.clone()
+    report = fusion_passes.report()
+    assert report.matches.items() >= {ROUTERS[kind]: LAYERS, "fused_moe": LAYERS}.items(), report
+    chosen = {name for site in report.sites for name in site.implementations}
+    assert not any(name.endswith(":reference") for name in chosen), chosen
+    assert error(actual, expected) < (0.05 if scheme == "bf16" else 0.15)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_tokens_go_to_the_experts_that_eager_sends_them_to(kind: str, scheme: str) -> None:
+    model = copy.deepcopy(build(kind, "grouped_mm", scheme, LAYERS)).cuda()
+    only = [registry()[name] for name in FUSIONS]
+    result = fuse(model, tokens(129).cuda(), use_cache=False, only=only)
+    top_k = model.config.num_experts_per_tok
+    inputs = result.before.meta["inputs"]
+    before, after = (routes(side, inputs, top_k) for side in (result.before, result.after))
+    flipped = float((before != after).any(-1).float().mean())
+    assert flipped <= (0.01 if scheme == "bf16" else 0.05), f"{flipped:.1%} of the tokens"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("count", [1, 16, 300])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_the_block_waits_for_nothing(
+    kind: str, scheme: str, count: int, implementation: str
+) -> None:
+    """One layer's block against eager, then once more where any synchronization is an error."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    torch.compiler.reset()
+    model = copy.deepcopy(build(kind, implementation, scheme, 1)).cuda()
+    block = model.model.layers[0].mlp
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(1, count, model.config.hidden_size, generator=generator).bfloat16().cuda()
+
+    def first(result):
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(block, backend=backend, options={"fusions": "all"}, dynamic=False)
+    with torch.no_grad():
+        expected = first(block(x))
+        compiled(x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = first(compiled(x))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    report = fusion_passes.report()
+    assert report.matches["fused_moe"] == report.matches[ROUTERS[kind]] == 1, report
+    # by token, as a tie between experts may fall to either
+    far = (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    assert float(far.median()) < (0.01 if scheme == "bf16" else 0.05), far
