@@ -15,6 +15,10 @@ DECODE = (1, 16, 64, 256, 1024)
 """Token counts of decoding, where launches and latency count and not bandwidth."""
 
 
+class Inapplicable(Exception):
+    """Raised by one of `Case.others` that does not take these sizes: there is nothing to time, and nothing failed."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A figure that a case must reach: `ratio` is a key of `Row.ratios` (see `bench.results`)."""

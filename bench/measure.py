@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.case import Case, Inputs, Thunk
+from bench.case import Case, Inapplicable, Inputs, Thunk
 from bench.results import Row
 from bench.timer import Timer
 from custom_ops import library
@@ -63,6 +63,8 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
                     row.warm_us[f"{name}_launched"] = timer.launched(call)
                 if plan.cold and (cold := timer.cold(call)) is not None:
                     row.cold_us[name] = cold
+            except Inapplicable:
+                continue
             except Exception as error:  # one way must not cost the others their device time
                 row.errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
     row.finish(copy_gbps, case.targets)

@@ -22,6 +22,7 @@ from custom_ops.activation import (
     silu_mul_tensor_quant_static,
     silu_mul_token_quant,
 )
+from custom_ops.expert_parallel import ep_combine, ep_dispatch
 from custom_ops.gemm import block_scaled_mm, scaled_mm
 from custom_ops.library import Unavailable, explain, ops
 from custom_ops.lora import (
@@ -84,6 +85,8 @@ __all__ = [
     "clamped_swiglu_tensor_quant",
     "clamped_swiglu_tensor_quant_static",
     "clamped_swiglu_token_quant",
+    "ep_combine",
+    "ep_dispatch",
     "explain",
     "fused_moe",
     "gelu_tanh_mul",

@@ -127,7 +127,11 @@ class Rewrite:
             -1 if [i] == symbolic else self._size_argument(node, size)
             for i, size in enumerate(shape)
         ]
-        return self._emit(aten.view.default, (node, sizes), {})
+        try:
+            return self._emit(aten.view.default, (node, sizes), {})
+        except (ValueError, RuntimeError) as error:
+            how = f"{node.name} lies in memory so that it is no view of {tuple(shape)}"
+            raise NotRewritten(how) from error
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return self._emit(torch.ops.prims.convert_element_type.default, (node, dtype), {})

@@ -91,7 +91,7 @@ def test_requirements():
     assert METADATA["License-Expression"] == "Apache-2.0"
     requirements = METADATA.get_all("Requires-Dist")
     assert "torch>=2.11" in requirements
-    assert {"models", "deepgemm", "flashinfer", "test", "bench", "dev"} == set(
+    assert {"models", "lora", "deepgemm", "flashinfer", "test", "bench", "dev"} == set(
         METADATA.get_all("Provides-Extra")
     )
     (triton,) = [each for each in requirements if each.startswith("triton")]

@@ -82,6 +82,7 @@ def single_cases(tiny: bool) -> Iterator[Case]:
             check=close(CLOSE),
             op="lora_linear_single",
             op_args=_single_args,
+            fusion="lora_linear",
             moved_bytes=2 * (m * k + n * k + m * n) + (4 if float32 else 2) * rank * (n + k),
             flops=2 * m * n * k + 2 * m * rank * (n + k),
             others={"base": _base_of_single} | _ways("single", m, rank, float32),
@@ -183,6 +184,133 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
         )
 
 
+# ---- the halves of them, and a base of any kind ------------------------------------------------------------
+
+
+def _shrink_plain(x, weight, batch, a, b, scaling, places, ranks):
+    return torch.bmm(a[0][places], x[:, :, None])[:, :, 0][None].float()
+
+
+def _shrink_args(x, weight, batch, a, b, scaling, places, ranks):
+    return (x, a, ranks, *batch.tensors), {}
+
+
+def _added_plain(x, weight, batch, a, b, scaling, places, ranks):
+    """weight stands for what is added to: the outcome of any other product."""
+    y = torch.bmm(a[0][places], x[:, :, None])
+    delta = torch.bmm(b[0][places], y)[:, :, 0] * scaling[places][:, None]
+    return weight + delta.to(x.dtype)
+
+
+def _added(device: torch.device, **sizes: Any) -> Inputs:
+    x, _, *rest = _mixed(device, **sizes)
+    return x, activation(device, sizes["m"], sizes["n"]), *rest
+
+
+def _add_args(x, base, batch, a, b, scaling, places, ranks):
+    return (x, base, a, b, scaling, ranks, *batch.tensors), {}
+
+
+def _expand_plain(y, base, batch, a, b, scaling, places, ranks):
+    delta = torch.bmm(b[0][places].float(), y[0][:, :, None])[:, :, 0] * scaling[places][:, None]
+    return (base + delta).to(base.dtype)
+
+
+def _expanded(device: torch.device, **sizes: Any) -> Inputs:
+    _, *rest = _added(device, **sizes)
+    return torch.randn(1, sizes["m"], sizes["rank"], device=device), *rest
+
+
+def _expand_args(y, base, batch, a, b, scaling, places, ranks):
+    return (y, b, base, scaling, ranks, *batch.tensors), {}
+
+
+def _add_single_plain(module: Any, x: Tensor, base: Tensor) -> Tensor:
+    (_, _, _, a, b, scaling), _ = _single_args(module, x)
+    linear = torch.nn.functional.linear
+    return base + linear(linear(x, a), b) * scaling
+
+
+def _add_single(device: torch.device, m: int, n: int, k: int, rank: int) -> Inputs:
+    return *_single(device, m, n, k, rank, False), activation(device, m, n)
+
+
+def _add_single_args(
+    module: Any, x: Tensor, base: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (_, _, _, a, b, scaling), _ = _single_args(module, x)
+    return (x, base, a, b, scaling), {}
+
+
+def three_of_one_input(x, bases, a, b, scaling, ranks, *batch):
+    """Query, key and value of a layer whose linears are quantized: the adapters of each, on one x."""
+    return tuple(
+        custom_ops.lora_add(x, base, [of_a], [of_b], scaling, ranks, *batch)
+        for base, of_a, of_b in zip(bases, a, b, strict=True)
+    )
+
+
+def _three(device: torch.device, **sizes: Any) -> Inputs:
+    x, base, batch, a, b, scaling, _, ranks = _added(device, **sizes)
+    return x, [base] * 3, a * 3, b * 3, scaling, ranks, *batch.tensors
+
+
+def shared_cases(tiny: bool) -> Iterator[Case]:
+    sizes = [(5, 3, 32, 4)] if tiny else [(m, 8, 4096, 16) for m in TOKENS]
+    for m, adapters, hidden, rank in sizes:
+        low_rank = min(m, adapters) * rank * hidden
+        yield Case(
+            name="shared_lora_shrink",
+            sizes={"tokens": m, "adapters": adapters, "n": hidden, "k": hidden, "rank": rank},
+            inputs=partial(
+                _three, m=m, adapters=adapters, n=hidden, k=hidden, rank=rank, in_order=False
+            ),
+            plain=three_of_one_input,
+            check=close(CLOSE),
+            fusion="shared_lora_shrink",
+            moved_bytes=2 * (6 * low_rank + 7 * m * hidden),
+            flops=12 * m * rank * hidden,
+        )
+
+
+def half_cases(tiny: bool) -> Iterator[Case]:
+    halves = (
+        ("lora_shrink", _mixed, _shrink_plain, _shrink_args),
+        ("lora_expand", _expanded, _expand_plain, _expand_args),
+        ("lora_add", _added, _added_plain, _add_args),
+    )
+    sizes = [(5, 3, 32, 4)] if tiny else [(m, adapters, 4096, 16) for m, adapters in MIXED]
+    for (name, inputs, plain, args), (m, adapters, hidden, rank) in itertools.product(
+        halves, sizes
+    ):
+        low_rank = min(m, adapters) * rank * hidden
+        yield Case(
+            name=name,
+            sizes={"tokens": m, "adapters": adapters, "n": hidden, "k": hidden, "rank": rank},
+            inputs=partial(
+                inputs, m=m, adapters=adapters, n=hidden, k=hidden, rank=rank, in_order=False
+            ),
+            plain=plain,
+            check=close(CLOSE),
+            op=name,
+            op_args=args,
+            moved_bytes=2 * (low_rank + 2 * m * hidden),
+            flops=2 * m * rank * hidden,
+        )
+    for m, n, k, rank in [(5, 32, 64, 4)] if tiny else [(m, 4096, 4096, 16) for m in TOKENS]:
+        yield Case(
+            name="lora_add_single",
+            sizes={"tokens": m, "n": n, "k": k, "rank": rank},
+            inputs=partial(_add_single, m=m, n=n, k=k, rank=rank),
+            plain=_add_single_plain,
+            check=close(CLOSE),
+            op="lora_add_single",
+            op_args=_add_single_args,
+            moved_bytes=2 * (m * k + 2 * m * n + rank * (n + k)),
+            flops=2 * m * rank * (n + k),
+        )
+
+
 # ---- the ways -------------------------------------------------------------------------------------------------
 
 
@@ -228,3 +356,5 @@ def _hopper(kind: str) -> Any:
 def cases(tiny: bool = False) -> Iterator[Case]:
     yield from single_cases(tiny)
     yield from mixed_cases(tiny)
+    yield from half_cases(tiny)
+    yield from shared_cases(tiny)

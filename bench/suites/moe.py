@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import custom_ops
-from bench.case import Case, Inputs, Target, Thunk, activation, close
+from bench.case import Case, Inapplicable, Inputs, Target, Thunk, activation, close
 from custom_ops.moe import choice
 from custom_ops.moe.parts import Pipeline
 from custom_ops.moe.problem import Problem
@@ -270,7 +270,7 @@ def one_way(inputs: Inputs, model: Model, name: str) -> Thunk:
     args, kwargs = experts_call(model, dtype, rows, weights, ids)
     problem, pipeline = Problem.of(*args, **kwargs), choice.pipelines()[name]
     if reason := pipeline.unsupported(problem):
-        raise ValueError(f"{name}: {reason}")
+        raise Inapplicable(f"{name}: {reason}")
     return lambda: pipeline(problem)
 
 

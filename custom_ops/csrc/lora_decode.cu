@@ -459,7 +459,9 @@ cudaError_t launch_shrinking(const LoraDecode& p, int multiprocessors, cudaStrea
 
 template <typename T, int Columns>
 cudaError_t launch_tokens(const LoraDecode& p, int multiprocessors, cudaStream_t stream) {
-  if (p.linear.tokens <= 16) return launch_shrinking<T, Columns, 16>(p, multiprocessors, stream);
+  if constexpr (Columns == 64) {  // with 128 and 16 the compiler spills
+    if (p.linear.tokens <= 16) return launch_shrinking<T, Columns, 16>(p, multiprocessors, stream);
+  }
   if (p.linear.tokens <= 32) return launch_shrinking<T, Columns, 32>(p, multiprocessors, stream);
   return launch_shrinking<T, Columns, 64>(p, multiprocessors, stream);
 }

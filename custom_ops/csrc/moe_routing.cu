@@ -115,7 +115,8 @@ __device__ __forceinline__ void finish(const RoutingArgs& p, float* chosen, int6
     if (lane < threads) {
       for (int k = lane; k < p.top_k; k += threads) part = __fadd_rn(part, chosen[k]);
     }
-    for (int o = threads / 2; o > 0; o /= 2) part = __fadd_rn(part, __shfl_down_sync(kAllLanes, part, o));
+#pragma unroll 1
+    for (int o = threads >> 1; o > 0; o >>= 1) part = __fadd_rn(part, __shfl_down_sync(kAllLanes, part, o));
     total = rounded(__shfl_sync(kAllLanes, part, 0), step);
     if (total < p.renormalize_min) total = rounded(p.renormalize_min, step);  // NaN is not below, and stays
     total = rounded(__fadd_rn(total, p.renormalize_eps), step);
@@ -128,8 +129,9 @@ __device__ __forceinline__ void finish(const RoutingArgs& p, float* chosen, int6
   }
 }
 
+// Four blocks at a time: without it the compiler spills at 256 experts and more.
 template <int Items>
-__global__ void __launch_bounds__(kWarps * 32) route_kernel(const __grid_constant__ RoutingArgs p) {
+__global__ void __launch_bounds__(kWarps * 32, 4) route_kernel(const __grid_constant__ RoutingArgs p) {
   __shared__ uint32_t scratch[kWarps][32 * Items];
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;

@@ -198,6 +198,9 @@ def _with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node,
     for value, other in (node.args, node.args[::-1]):
         taken = gathered(other) if is_tensor(value) and is_tensor(other) else None
         if taken is not None and len(shape_of(taken[0])) == 2:
+            sizes = [numel(operand) for operand in (value, other)]
+            if not all(index_map.same_size(size, numel(node)) for size in sizes):
+                continue  # one of them is repeated
             experts = index_map.same_size(shape_of(taken[0])[0], product.weight.shape[0])
             if experts and product.routing.read(taken[1]) == Index("expert", by_slot):
                 return value, taken[0]
@@ -213,6 +216,8 @@ def _finish(block: Block) -> None:
     dtype = dtype_of(node)
     while total is None:
         reader = only_reader(node)
+        if not any(strip(operand) is strip(node) for operand in reader.all_input_nodes):
+            raise Unlike(reader, f"{reader.name} reads only some of {node.name}, or some twice")
         taken, zeroed = gathered(reader), masked(reader)
         added = _with_bias(reader, block.second, by_slot)
         if zeroed is not None and block.routing.is_beyond(zeroed[1], by_slot):
@@ -264,6 +269,12 @@ def _weights(product: fx.Node, node: fx.Node, block: Block, by_slot: bool) -> fx
             "which is not one top-k weight for each pair",
         )
     weights = strip(given)
+    spread = index_map.broadcast(shape_of(given), shape_of(product))
+    width = index_map.divide(numel(node), numel(given))
+    if width is None or not index_map.same_map(
+        spread, index_map.collapse([(numel(given), True), (width, False)])
+    ):
+        raise Unlike(product, f"{product.name} does not multiply each row by one weight")
     promoted = torch.promote_types(dtype_of(block.second.node), dtype_of(weights))
     if dtype_of(product) is not promoted:
         raise Unlike(

@@ -19,7 +19,7 @@ from fusion_passes import index_map
 from fusion_passes.arithmetic import Arithmetic
 from fusion_passes.canonical import quantizations
 from fusion_passes.compiled_pattern import compile_pattern
-from fusion_passes.experts.reading import Unlike, aten, dtype_of, element, gathered, strip
+from fusion_passes.experts.reading import Unlike, aten, dtype_of, element, gathered, numel, strip
 from fusion_passes.experts.routing import Routing, counted, ids_of
 from fusion_passes.fusion import Fusion, Pattern, Tensor
 from fusion_passes.index_map import Size
@@ -152,7 +152,10 @@ def _weight(node: fx.Node, transposed: bool) -> Weight:
     found = _matched(_DEQUANTIZED_WEIGHT, value)
     if found is None or transposed:
         return Weight(value, transposed)
-    return Weight(found.base("weight"), False, found.base("scale"))
+    codes, scale = found.base("weight"), found.base("scale")
+    if not _whole(value, codes, scale, BLOCK**2):
+        return Weight(value, transposed)  # of some of the experts that there are codes of
+    return Weight(codes, False, scale)
 
 
 # ---- FP8 ----------------------------------------------------------------------------------------------------------
@@ -197,6 +200,12 @@ def _matched(pattern: Pattern, node: fx.Node) -> Match | None:
     return matcher.match if matcher.run(compiled.outputs[0], node) else None
 
 
+def _whole(value: fx.Node, codes: fx.Node, scale: fx.Node, group: int) -> bool:
+    """Whether a value has all rows of its codes and of the scales that they have in groups."""
+    sizes = (numel(codes), numel(scale) * group)
+    return all(index_map.same_size(size, numel(value)) for size in sizes)
+
+
 class Quantized(NamedTuple):
     """``values`` were quantized in groups of 128 and dequantized again by the nodes ``inside``."""
 
@@ -212,6 +221,8 @@ def before_quantization(node: fx.Node) -> Quantized | None:
     if match is None:
         return None
     codes, scale = match.base("codes"), match.base("scale")
+    if not _whole(strip(node), codes, scale, BLOCK):
+        return None
     parts = [element(part, {quantizations.group_quant}) for part in (codes, scale)]
     quantization = parts[0][0] if parts[0] is not None else None
     if quantization is None or parts != [(quantization, 0), (quantization, 1)]:

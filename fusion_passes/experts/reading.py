@@ -17,6 +17,7 @@ prims = torch.ops.prims
 
 CAST = prims.convert_element_type.default
 _GATHERS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+_HOLD_IDS = (torch.int32, torch.int64, torch.float32, torch.float64)
 _MASKS = {aten.where.self, aten.where.ScalarSelf}
 
 
@@ -48,9 +49,9 @@ def strip(node: fx.Node) -> fx.Node:
 
 
 def uncast(node: fx.Node) -> fx.Node:
-    """`strip`, and through casts, for integers that every dtype on the way holds."""
+    """`strip`, and through casts that keep the ids of experts and the numbers of pairs as they are."""
     node = strip(node)
-    while node.target is CAST:
+    while node.target is CAST and dtype_of(node) in _HOLD_IDS:
         node = strip(node.args[0])
     return node
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_passes import index_map
 from fusion_passes.experts.products import is_expert_product, product_at
 from fusion_passes.experts.reading import (
     CAST,
@@ -27,6 +28,7 @@ from fusion_passes.experts.reading import (
     dtype_of,
     element,
     number,
+    numel,
     shaped,
     strip,
 )
@@ -131,7 +133,7 @@ def _router(topk: fx.Node, ids: fx.Node) -> Router:
     inside: list[fx.Node] = [topk, ids]
     choice, groups = ungrouped(choice, inside)
     scored, bias = unbiased(choice, inside)
-    scores = scores_of(scored)
+    scores = scores_of(scored, shape_of(topk.args[0])[-1])
     if groups is not None and groups.of is not choice:
         raise Unlike(groups.of, f"groups are scored by {groups.of.name}, experts by {choice.name}")
     weights = _chosen(topk, ids, scores, bias)
@@ -149,13 +151,15 @@ def _router(topk: fx.Node, ids: fx.Node) -> Router:
 def _chosen(topk: fx.Node, ids: fx.Node, scores: Scores, bias: fx.Node | None) -> fx.Node:
     """The weights of the chosen experts: what was chosen by, or the scores at the ids."""
     values = next((u for u in topk.users if element(u) == (topk, 0) and u.users), None)
+    # the logits before a cast will do, but not next to scores, nor where a bias is added to them in 16 bits
+    alike = (scores.node, scores.logits) if scores.kind == "logits" and bias is None else ()
     gathers = [
         reader
         for reader in readers(ids)
         if reader.target is aten.gather.default
         and reader.args[1] % 2 == 1
         and strip(reader.args[2]) is ids
-        and strip(reader.args[0]) in (scores.node, scores.logits)
+        and strip(reader.args[0]) in (scores.node, *alike)
     ]
     if values is not None and not gathers:
         if bias is not None:
@@ -191,15 +195,16 @@ def _name(router: Router, scores: Scores, groups: Groups | None, masked_weights:
 
 def _of_the_chosen(router: Router) -> None:
     """Chosen by the logits: the weights are the softmax or the sigmoid of the chosen ones."""
-    wide = next((r for r in readers(router.weights) if r.target is CAST), router.weights)
+    casts = (r for r in readers(router.weights) if r.target is CAST)
+    wide = next((r for r in casts if _reads(r, router.weights)), router.weights)
     for reader in readers(wide):
-        if reader.target is aten.sigmoid.default:
+        if reader.target is aten.sigmoid.default and _reads(reader, wide):
             router.op, router.keywords["by_logits"] = "topk_sigmoid", True
             router.inside += [wide, reader]
             router.weights = reader
             return
         for quotient in _quotients(reader):
-            softmax = softmax_of(quotient)
+            softmax = softmax_of(quotient, router.top_k)
             if softmax is not None and softmax[0] is strip(wide):
                 router.op, router.keywords["softmax_first"] = "topk_softmax", False
                 router.inside += [wide, *softmax[1]]
@@ -225,14 +230,15 @@ def _finish(router: Router) -> None:
         router.keywords["rounded"] = True
     _renormalized(router)
     scaled = _reader(router)
-    if scaled is not None and scaled.target is aten.mul.Tensor:
+    if scaled is not None and scaled.target is aten.mul.Tensor and _reads(scaled, router.weights):
         scales = [value for value in map(number, scaled.args) if value is not None]
         if scales:
             router.keywords["scale"] = float(scales[0])
             router.inside.append(scaled)
             router.weights = scaled
     cast = _reader(router)
-    if cast is not None and cast.target is CAST and dtype_of(cast) in SIXTEEN_BITS and not rounded:
+    narrow = cast is not None and cast.target is CAST and dtype_of(cast) in SIXTEEN_BITS
+    if cast is not None and narrow and not rounded and _reads(cast, router.weights):
         router.inside.append(cast)
         router.weights = cast
     router.keywords["dtype"] = dtype_of(router.weights)
@@ -242,6 +248,12 @@ def _reader(router: Router) -> fx.Node | None:
     """The only reader of the weights, if there is but one."""
     found = list(readers(router.weights))
     return found[0] if len(found) == 1 else None
+
+
+def _reads(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether a reader takes all elements of a node, each once, and makes as many."""
+    whole = any(strip(operand) is strip(node) for operand in filter(is_tensor, reader.args))
+    return whole and index_map.same_size(numel(reader), numel(node))
 
 
 def _renormalized(router: Router) -> None:
@@ -254,9 +266,14 @@ def _renormalized(router: Router) -> None:
         return
     if not all(map(is_tensor, quotient.args)) or strip(quotient.args[0]) is not weights:
         return
+    if not _is_of_each_token(total, weights, router) or not _reads(quotient, weights):
+        return
+    if not index_map.same_size(shape_of(quotient.args[1])[-1], 1):  # neither of other tokens
+        return
     inside, below = [total, quotient], strip(quotient.args[1])
     keywords: dict[str, Any] = {"renormalize": True}
-    if below.target is aten.add.Tensor and (eps := number(below.args[1])) is not None:
+    plain = below.target is aten.add.Tensor and not below.kwargs
+    if plain and (eps := number(below.args[1])) is not None:
         inside.append(below)
         keywords["renormalize_eps"] = float(eps)
         below = strip(below.args[0])
@@ -269,6 +286,13 @@ def _renormalized(router: Router) -> None:
     router.keywords |= keywords
     router.inside += inside
     router.weights = quotient
+
+
+def _is_of_each_token(total: fx.Node, weights: fx.Node, router: Router) -> bool:
+    """Whether a sum over the last dimension adds up the weights of a token, as they are."""
+    added = total.args[0]
+    each = index_map.same_size(shape_of(added)[-1], router.top_k)
+    return strip(added) is weights and each and dtype_of(total) is dtype_of(weights)
 
 
 def _place(fusion: Fusion, graph: fx.Graph, router: Router) -> Place:

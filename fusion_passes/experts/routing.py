@@ -131,7 +131,10 @@ def _is_clamped(node: fx.Node, num_experts: int) -> bool:
     """Whether a node changes no id but those beyond the experts here, which add nothing: their weight is 0."""
     if node.target not in _CLAMPS:
         return False
-    bounds = [number(bound) for bound in (*node.args[1:], None)[:2]]
+    given = (*node.args[1:], None)[:2]
+    bounds = [number(bound) for bound in given]
+    if any(bound is not None and found is None for bound, found in zip(given, bounds)):
+        return False  # known only at run time
     low, high = (None, bounds[0]) if node.target is aten.clamp_max.default else bounds
     return (low is None or low <= 0) and (high is None or high >= num_experts - 1)
 
@@ -165,4 +168,7 @@ def counted(offsets: fx.Node, num_experts: int) -> fx.Node | None:
             return None
     else:
         return None
-    return ids_of(counts.args[0], num_experts)
+    ids = ids_of(counts.args[0], num_experts)
+    # in whichever order, but all of them
+    read = None if ids is None else Routing(ids, num_experts).read(counts.args[0])
+    return ids if read is not None and read.what == "expert" else None

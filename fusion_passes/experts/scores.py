@@ -124,9 +124,13 @@ def unbiased(node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, fx.Node | N
         return node, None
     experts = shape_of(node)[-1]
     for value, other in (node.args, node.args[::-1]):
-        if index_map.same_size(numel(other), experts) and len(shape_of(value)) == 2:
+        along = len(shape_of(other)) and index_map.same_size(shape_of(other)[-1], experts)
+        if along and index_map.same_size(numel(other), experts) and len(shape_of(value)) == 2:
             inside.append(node)
-            return strip(value), _widened(strip(other))
+            bias = _widened(strip(other))
+            # scores of 16 bits plus a bias that was cast are not rounded, plus one of 16 bits they are
+            promoted = torch.promote_types(dtype_of(value), dtype_of(bias))
+            return strip(value), bias if promoted is dtype_of(node) else strip(other)
     raise Unlike(node, f"{node.name} adds to the scores of experts what is not one bias for each")
 
 
@@ -139,14 +143,14 @@ def _widened(node: fx.Node) -> fx.Node:
     return node
 
 
-def scores_of(node: fx.Node) -> Scores:
+def scores_of(node: fx.Node, num_experts: Size) -> Scores:
     """What a node of [T, E] is of the logits; the logits themselves where it is nothing else."""
     inside: list[fx.Node] = []
     inner = node
     if node.target is CAST and dtype_of(node) in SIXTEEN_BITS:  # softmax in 16 bits, rounded
         inner = strip(node.args[0])
         inside.append(node)
-    softmax = softmax_of(inner)
+    softmax = softmax_of(inner, num_experts)
     if softmax is not None:
         logits = _widened(softmax[0])
         if inner is not node and dtype_of(logits) is not dtype_of(node):
@@ -160,9 +164,11 @@ def scores_of(node: fx.Node) -> Scores:
     return Scores(node, "logits", _widened(node), [])
 
 
-def softmax_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """(x, the nodes) where a node is the softmax of x over its last dimension."""
+def softmax_of(node: fx.Node, width: Size) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(x, the nodes) where a node is the softmax of x over its last dimension, which has a size."""
     node = strip(node)
+    if not shape_of(node) or not index_map.same_size(shape_of(node)[-1], width):
+        return None  # of a group of experts, or of all tokens
     if node.target is aten._softmax.default:
         rank = len(shape_of(node))
         return (strip(node.args[0]), [node]) if node.args[1] % rank == rank - 1 else None

@@ -26,6 +26,8 @@ NAMES = {
     "moe_unpermute",
     "moe_reduce",
     "fused_moe",
+    "ep_dispatch",
+    "ep_combine",
     "lora_shrink",
     "lora_expand",
     "lora_linear",

@@ -184,7 +184,7 @@ def grouped(tensors, change: str = ""):
 
 
 CHANGES = {
-    "descending": "is not the top-k weights sorted by expert",
+    "descending": "is not the number of pairs of each expert, added up",
     "bins": "is not the number of pairs of each expert, added up",
     "tokens": "is not the hidden states of each pair's token",
     "bias by pair": "the activation reads add",

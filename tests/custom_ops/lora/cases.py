@@ -50,7 +50,9 @@ class Batch:
         return self.x.reshape(-1, self.x.shape[-1])
 
     def base(self) -> Tensor:
-        return torch.nn.functional.linear(self.x, self.weight, self.bias)
+        # of the rows: with more dimensions and strides PyTorch may round the product before it adds the bias
+        rows = torch.nn.functional.linear(self.rows, self.weight, self.bias)
+        return rows.reshape(*self.x.shape[:-1], self.weight.shape[0])
 
     def exact_shrink(self) -> tuple[Tensor, Tensor]:
         """y in float64, and the same of the magnitudes."""

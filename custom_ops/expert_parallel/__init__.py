@@ -1,0 +1,6 @@
+"""Expert parallelism: tokens to the ranks that own their experts, and the results back."""
+
+from custom_ops.expert_parallel.groups import ExchangeError
+from custom_ops.expert_parallel.ops import ep_combine, ep_dispatch
+
+__all__ = ["ExchangeError", "ep_combine", "ep_dispatch"]

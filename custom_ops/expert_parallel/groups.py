@@ -1,0 +1,117 @@
+"""Process groups by name, and exchanges between their ranks that end in an error instead of in a hang.
+
+The only module here that knows torch.distributed, whose lookups by name are private. It is imported on first use: a
+torch without it still imports this package.
+
+The time-out is that of the group: `init_process_group(..., timeout=)` or `new_group(..., timeout=)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How long a rank that gave up waits for the others to say so too, before it names those that did not.
+_GRACE_SECONDS = 2.0
+# The part of a group's time-out after which this module gives up: before the watchdog of NCCL ends the process.
+_PATIENCE = 0.8
+
+
+class ExchangeError(RuntimeError):
+    """A rank did not answer in time, died, or called the op with something else than this one.
+
+    The group is not to be used again: messages of the exchange that failed may still be under way.
+    """
+
+
+def resolve(op: str, group: str) -> Any:
+    """The process group of a name (`group.group_name`). Raises ValueError for a name that is not registered."""
+    if torch.distributed.is_available():
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        try:
+            return _resolve_process_group(group)  # type: ignore[arg-type, unused-ignore]
+        except RuntimeError:
+            pass
+    raise ValueError(
+        f"{op}: group is {group!r}; accepted: the group_name of a process group of this process "
+        "(torch.distributed.group.WORLD.group_name after init_process_group)"
+    )
+
+
+def size(op: str, group: str) -> int:
+    """How many ranks a group has."""
+    return resolve(op, group).size()
+
+
+def exchange(
+    op: str,
+    group: str,
+    sent: Tensor,
+    send_counts: Sequence[int],
+    received: Tensor,
+    receive_counts: Sequence[int],
+    *,
+    wait: bool = True,
+) -> None:
+    """Rows of `sent`, by rank, to their ranks, and theirs into `received`, by rank.
+
+    Both are contiguous, of one dtype that every backend moves (uint8, int64). send_counts, receive_counts: rows for
+    and from each rank. wait: whether the host waits for the rows; without it only the current CUDA stream does, and a
+    rank that dies meanwhile is noticed by the watchdog of NCCL and by the next exchange that waits.
+    Raises ExchangeError.
+    """
+    pg = resolve(op, group)
+    if sent.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op}: it waits for the host and cannot be captured in a CUDA graph; leave it out of the capture"
+        )
+    try:
+        work = torch.distributed.all_to_all_single(
+            received, sent, list(receive_counts), list(send_counts), group=pg, async_op=True
+        )
+        # gloo's own time-out ends its wait; NCCL's ends the process, so that this one has to come first.
+        if wait and sent.is_cuda:
+            seconds = _PATIENCE * timeout(pg, sent.device)
+            deadline = time.monotonic() + seconds
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"nothing for {seconds:.1f} s")
+                time.sleep(0)
+        work.wait()
+    except RuntimeError as error:
+        peers = absent(op, pg)
+        whom = f"ranks {peers}" if peers else "a rank that cannot be told"
+        raise ExchangeError(
+            f"{op}: rank {pg.rank()} of {pg.size()} (group {group!r}) got no answer from {whom}: {error}"
+        ) from error
+
+
+def timeout(pg: Any, device: torch.device) -> float:
+    """The time-out of a group in seconds."""
+    return pg._get_backend(device).options._timeout.total_seconds()
+
+
+def absent(op: str, pg: Any) -> list[int]:
+    """Ranks of the group that do not say, within a few seconds, that they gave up as this one does.
+
+    For a collective that failed as a whole: whoever waited in it gives up too, whoever died or never called it does
+    not. Empty if all of them say so or nobody can be asked (the rank that keeps the store is gone).
+    """
+    from torch.distributed.distributed_c10d import _get_process_group_store
+
+    try:
+        store = _get_process_group_store(pg)
+        store.set(f"custom_ops/{op}/{pg.rank()}", "gave up")
+        missing = [peer for peer in range(pg.size()) if peer != pg.rank()]
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while missing and time.monotonic() < deadline:
+            missing = [peer for peer in missing if not store.check([f"custom_ops/{op}/{peer}"])]
+            time.sleep(0.02)
+    except RuntimeError:
+        return []
+    return missing
