@@ -56,7 +56,10 @@ def row_of(name: str, tokens: int, ours: float, stock: float, *targets: Target, 
 
 def test_every_op_and_fusion_has_a_case():
     cases = [case for _, case in every_case(tiny=False)]
-    of_several_ranks = {"ep_dispatch", "ep_combine"}  # they take processes of their own, and have no suite yet
+    of_several_ranks = {
+        "ep_dispatch",
+        "ep_combine",
+    }  # they take processes of their own, and have no suite yet
     assert {case.op for case in cases if case.op} == set(library.ops()) - of_several_ranks
     judged_by_models = {"shared_group_quant", "torchao_blockwise_linear"}
     shipped = set(registry()) - judged_by_models

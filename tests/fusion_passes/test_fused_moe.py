@@ -152,7 +152,10 @@ def grouped(tensors, change: str = ""):
         between = F.rms_norm(between, (between.shape[-1],))
     if change == "other ids":
         offsets = torch.histc(
-            (ids.reshape(-1).sort().values - 1).float(), bins=experts, min=0, max=experts - 1
+            (ids.reshape(-1).sort().values - 1).clamp(min=0).float(),  # every row has a matrix
+            bins=experts,
+            min=0,
+            max=experts - 1,
         ).cumsum(0, dtype=torch.int32)
     out = torch._grouped_mm(between, down.transpose(1, 2), offs=offsets)
     if change == "norm after":
