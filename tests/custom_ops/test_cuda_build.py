@@ -290,6 +290,8 @@ def test_compiled_library_loads_with_the_schemas_of_the_ops(
     expected = {
         name: str(op.overload._schema).replace("custom_ops::", "custom_ops_cuda::", 1)
         for name, op in library.ops().items()
-        if any(implementation.name == "cuda" for implementation in op.implementations)
+        if any(each.name == "cuda" and each.direct for each in op.implementations)
     }
-    assert found == expected
+    called_by_others = {"lora_decode", "lora_prefill"}  # see custom_ops/lora/hopper.py
+    assert found.keys() == expected.keys() | called_by_others
+    assert {name: found[name] for name in expected} == expected
