@@ -74,7 +74,7 @@ def _unsupported(
         )
     way = way_of(kind, tokens, weight, a, b)
     if way not in (*ways.DECODES, "prefill"):
-        return f"Triton is faster for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
+        return f"the table has Triton for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
     for name, tensor in (("x", x), ("weight", weight), ("a", a[0]), *(("b", each) for each in b)):
         if not _on_16_bytes(tensor, 1 if name == "x" else tensor.dim() - 1):
             return f"needs contiguous rows on 16 bytes; {name} has strides {tensor.stride()}"
