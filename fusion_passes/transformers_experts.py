@@ -1,11 +1,13 @@
 """``fused_moe`` where users of transformers look for it: ``config._experts_implementation = "fusion_passes"``.
 
 It is registered as soon as both packages are imported, in either order. Called eagerly or compiled, by whichever
-backend, a module of experts is then one op; the router stays as it is.
+backend, a module of experts is then one op; the router stays as it is. The experts of FP8 checkpoints (`FP8Experts`)
+take the same name: what stock runs for them loops over experts, or calls kernels from a hub that no graph shows.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fusion_passes.experts.activations import activation_of
 
 NAME = "fusion_passes"
 _WIDTH = 32
+_BLOCK = 128
 
 
 def register() -> None:
@@ -26,6 +29,13 @@ def register() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def register_fp8() -> None:
+    """As `register`, for the experts of FP8 checkpoints."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, fp8_experts_forward)
 
 
 def experts_forward(
@@ -40,6 +50,44 @@ def experts_forward(
     return fused(self, hidden_states, top_k_index, top_k_weights, gate_up, down, **biases)
 
 
+def fp8_experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """As `experts_forward`, for `FP8Experts`: codes with a scale for each 128 x 128 block, activations quantized on the
+    fly. The weights of the router are rounded to the dtype of hidden_states, as stock does here.
+
+    Raises ValueError where they are none that ``fused_moe`` computes: other blocks, static scales of activations,
+    weights of 4 bits, scales that are powers of two, and as `experts_forward`.
+    """
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    _check_fp8(self, first)
+    return fused(
+        self,
+        hidden_states,
+        top_k_index,
+        top_k_weights.to(hidden_states.dtype),
+        getattr(self, first),
+        self.down_proj,
+        gate_up_scale=getattr(self, f"{first}_scale_inv"),
+        down_scale=self.down_proj_scale_inv,
+    )
+
+
+def _check_fp8(experts: Any, first: str) -> None:
+    weight, scale = getattr(experts, first), getattr(experts, f"{first}_scale_inv")
+    blocks = None if experts.block_size is None else tuple(experts.block_size)
+    for what, given, accepted in (
+        ("activation_scheme", experts.activation_scheme, "dynamic"),
+        ("weight_block_size", blocks, (_BLOCK, _BLOCK)),
+        (f"{first}.dtype", weight.dtype, torch.float8_e4m3fn),
+        (f"{first}_scale_inv.dtype", scale.dtype, torch.float32),
+    ):
+        if given != accepted:
+            raise ValueError(
+                f"experts_implementation={NAME!r}: {what} of {type(experts).__name__} is {given}; accepted: {accepted}"
+            )
+
+
 def fused(
     experts: nn.Module,
     hidden_states: Tensor,
@@ -50,19 +98,21 @@ def fused(
     **tensors: Any,
 ) -> Tensor:
     """``fused_moe`` with the activation of a module of experts."""
-    name, interleaved, alpha, limit = activation(experts)
     return custom_ops.fused_moe(
         hidden_states,
         gate_up,
         down,
         top_k_weights,
         top_k_index,
-        activation=name,
-        interleaved=interleaved,
-        alpha=alpha,
-        limit=limit,
+        **words(experts),
         **tensors,
     )
+
+
+def words(experts: nn.Module) -> dict[str, Any]:
+    """The activation of a module of experts as keywords of ``fused_moe``."""
+    names = ("activation", "interleaved", "alpha", "limit")
+    return dict(zip(names, activation(experts), strict=True))
 
 
 def stock(name: str) -> Any:
@@ -94,14 +144,19 @@ def activation(experts: Any) -> tuple[str, bool, float, float]:
     """
     known = experts.__dict__.get("_fused_activation")
     if known is None:
-        known = _recognized(experts)
+        known = _recognized(id(experts))
         experts.__dict__["_fused_activation"] = known
     return known
 
 
 @torch.compiler.assume_constant_result
-def _recognized(experts: Any) -> tuple[str, bool, float, float]:
-    """Traces what the module does between its two products, and reads it as the fusion reads a graph."""
+def _recognized(address: int) -> tuple[str, bool, float, float]:
+    """Traces what the module at `address` does between its two products, and reads it as the fusion reads a graph.
+
+    An address, since Dynamo of torch 2.11 takes no module as the argument of such a function (`id` guards on the
+    module, as 2.13 does for an argument). The caller holds the module, so it is alive.
+    """
+    experts: Any = ctypes.cast(address, ctypes.py_object).value
     name = type(experts).__name__
     if getattr(experts, "has_post_expert_norm", False):
         raise ValueError(
