@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +16,12 @@ from rich.table import Table
 
 from bench import results
 from bench.results import FOLDER, Row, Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.suites.moe import Model
+    from bench.timer import Timer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # a log has no width of its own, and eighty columns fold the tables
@@ -25,7 +33,10 @@ Folder = Annotated[Path, typer.Option("--results", help="folder of the JSON file
 @app.command()
 def run(
     suite: Annotated[list[str] | None, typer.Option(help="only these suites")] = None,
-    case: Annotated[str, typer.Option(help="only cases whose label holds this text")] = "",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="only cases whose label holds this text, or one of these"),
+    ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="only these token counts")] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = FOLDER,
     max_autotune: Annotated[
@@ -36,11 +47,17 @@ def run(
     fusions: Annotated[str, typer.Option(help="the plugin's fusions for whole models")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
     tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
+    ahead_minutes: Annotated[
+        float,
+        typer.Option(help="compile the graphs of all cases side by side first, for no longer"),
+    ] = 0.0,
+    minutes: Annotated[float, typer.Option(help="begin no case after so long, in all")] = 1e9,
     commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
 ) -> None:
     """Measure. Exits with 1 when a case raised, gave a wrong result or missed its target."""
     import torch
 
+    from bench import ahead
     from bench.measure import Plan, measure
     from bench.suites import suites
     from bench.timer import timer_for
@@ -54,10 +71,22 @@ def run(
             raise typer.BadParameter(
                 f"no suite {name!r}; accepted: {', '.join(known)}", param_hint="--suite"
             )
+    begun = time.monotonic()
+    selected = {
+        name: [
+            each
+            for each in known[name](tiny)
+            if any(text in each.label for text in case or ("",))
+            and (not tokens or each.sizes.get("tokens") in tokens)
+        ]
+        for name in suite or known
+    }
+    if ahead_minutes > 0:
+        labels = [(name, each.label) for name, cases in selected.items() for each in cases]
+        done = ahead.compile_cases(labels, plan, tiny, 60 * ahead_minutes)
+        console.print(str(done), markup=False)
     failed = False
-    for name in suite or known:
-        cases = [each for each in known[name](tiny) if case in each.label]
-        cases = [each for each in cases if not tokens or each.sizes["tokens"] in tokens]
+    for name, cases in selected.items():
         if tiny:  # the targets are for full sizes
             cases = [dataclasses.replace(each, targets=()) for each in cases]
         if not cases:
@@ -65,8 +94,12 @@ def run(
         session = results.describe(name, where, timer.name, timer.copy_bandwidth())
         session.commit = commit or session.commit
         for each in track(cases, description=name, console=Console(stderr=True)):
+            if time.monotonic() - begun > 60 * minutes:
+                break
             session.rows.append(measure(each, plan, timer, session.copy_gbps))
             path = session.save(out)  # after each row: a run that is cut off keeps what it has
+        if not session.rows:
+            continue
         _print(session, session.rows)
         console.print(f"written to {path}")
         failed |= any(row.errors or row.missed for row in session.rows)
@@ -136,6 +169,7 @@ def moe(
     profile: Annotated[bool, typer.Option(help="time each part; draw PNGs")] = True,
     kernels: Annotated[bool, typer.Option(help="list the kernels (needs a GPU)")] = False,
     memory: Annotated[bool, typer.Option(help="peak memory by chunk (needs a GPU)")] = False,
+    blocks: Annotated[bool, typer.Option(help="time whole blocks, stock and ours")] = False,
     out: Annotated[Path, typer.Option(help="folder for the JSON file and plots")] = FOLDER,
     device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
     tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
@@ -152,30 +186,93 @@ def moe(
     timer = timer_for(where)
     session = results.describe("moe_profile", where, timer.name, 0.0)
     session.commit = commit or session.commit
-    blocks = [
+    chosen = [
         (each, kind)
         for each in mixtures.models(model, tiny)
         for kind in each.dtypes
         if not dtype or kind in dtype
     ]
+    if blocks:
+        names = mixtures.models(model, False)
+        _blocks(names, dtype or (), tokens or (), where, timer, out, commit, tiny)
     with torch.no_grad():
         if profile:
             counts = tokens or ((4,) if tiny else TOKENS)
             rows = mixtures.add(
                 session,
-                (mixtures.profile(*b, n, where, timer, experts) for b in blocks for n in counts),
+                (mixtures.profile(*b, n, where, timer, experts) for b in chosen for n in counts),
                 out,
             )
             console.print(mixtures.profile_table(rows))
             for path in mixtures.draw(rows, session.device["name"], out / "plots"):
                 console.print(path)
         if kernels:
-            for each, kind in blocks:
+            for each, kind in chosen:
                 for count in tokens or TOKENS:
-                    console.print(mixtures.kernels(each, kind, count, where))
+                    console.print(mixtures.kernels(each, kind, count, where, experts))
         if memory:
-            peaks = (row for b in blocks for row in mixtures.memory(*b, where))
+            peaks = (row for b in chosen for row in mixtures.memory(*b, where))
             console.print(mixtures.memory_table(mixtures.add(session, peaks, out)))
+
+
+def _blocks(
+    models: list[Model],
+    dtypes: Sequence[str],
+    tokens: Sequence[int],
+    device: torch.device,
+    timer: Timer,
+    out: Path,
+    commit: str,
+    tiny: bool,
+) -> None:
+    """Whole blocks, as rows of the suite "moe"."""
+    from bench import moe as mixtures
+    from bench import moe_blocks
+
+    cases = moe_blocks.cases(models, dtypes, tokens, tiny)
+    console.print(str(moe_blocks.compile_ahead(cases, device, 150.0, tiny)))
+    session = results.describe("moe", device, timer.name, timer.copy_bandwidth())
+    session.commit = commit or session.commit
+    rows = moe_blocks.rows(cases, device, timer, session.copy_gbps)
+    console.print(moe_blocks.table(mixtures.add(session, rows, out)))
+
+
+@app.command("expert-parallel")
+def expert_parallel(
+    part: Annotated[list[str] | None, typer.Option(help="only these parts")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="only these, for whole layers")] = None,
+    ranks: Annotated[int, typer.Option(help="processes; one for each GPU if not given")] = 0,
+    steps_seconds: Annotated[float, typer.Option(help="how long to take random steps")] = 60.0,
+    out: Annotated[Path, typer.Option(help="folder for the JSON file")] = FOLDER,
+    device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
+    tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
+    commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
+) -> None:
+    """Dispatch, combine and layers over the GPUs of this host. Exits with 1 when a row is wrong or too slow."""
+    import torch
+
+    from bench import expert_parallel as ep
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in part or ():
+        if name not in ep.PARTS:
+            raise typer.BadParameter(
+                f"no part {name!r}; accepted: {', '.join(ep.PARTS)}", param_hint="--part"
+            )
+    plan = ep.Plan(
+        where,
+        ranks or (torch.cuda.device_count() if where == "cuda" else 2),
+        tuple(part or ep.PARTS),
+        ep.TINY if tiny else ep.Sizes(),
+        steps_seconds,
+        out,
+        commit,
+        tuple(tokens or ()),
+    )
+    session, path = ep.measure(plan)
+    _print(session, session.rows)
+    console.print(f"written to {path}")
+    raise typer.Exit(any(row.errors or row.missed for row in session.rows))
 
 
 @app.command("compile-time")

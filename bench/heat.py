@@ -1,12 +1,19 @@
 """`python -m bench.heat`: where ours is ahead of stock `torch.compile`, over 1 to 65536 tokens and models' widths.
 
-A point is a compilation and two short timings, about a second on an H100. The points come coarse ones first, each op
-at each width, so that a run that is out of time has measured the whole range, and what is left out are sizes between.
+A point is a compilation and two short timings. Stock's graphs are compiled first, side by side (see `bench.ahead`), and
+then each point takes a fraction of a second on an H100. The points come coarse ones first, each op at each width, so
+that a run that is out of time has measured the whole range; then the others, small ones first, for there ours has
+least to gain. A run goes on where an earlier one stopped: `--resume` names its file.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import gc
+import importlib
 import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import results
+from bench import ahead, results
 from bench.case import Case
 from bench.results import FOLDER, Row, Run
 from bench.suites import activation, normalization, quantization
@@ -28,15 +35,36 @@ WIDTHS = (1024, 2048, 4096, 5120, 7168, 8192, 14336)
 TOKENS = tuple(2**power for power in range(17))
 AHEAD = 0.97
 """Of stock's speed: what is not below is not slower, up to the noise of a run."""
-OPS: dict[str, Callable[[int, int], Case]] = {
-    "group_quant": partial(quantization.case, quantization.GROUP),
-    "group_quant_int8": partial(quantization.case, quantization.GROUP_INT8),
-    "token_quant": partial(quantization.case, quantization.TOKEN),
-    "silu_mul_group_quant": partial(activation.fused, activation.GATES[0], quantization.GROUP),
-    "add_rms_norm_group_quant": partial(
-        normalization.fused, normalization.add_rms_norm, quantization.GROUP
-    ),
-}
+AGAIN = 2
+"""How often both sides of a point that is below are timed again, in turns: a loss is a claim about all of them."""
+SAVED_EVERY = 5.0
+"""Seconds."""
+KEPT_BYTES = 8 << 30
+"""Of the GPU's memory between two points: the next one needs up to 20 GiB."""
+
+
+def _ops() -> dict[str, Callable[[int, int], Case]]:
+    """Every quantization, alone and after each producer, by the name of its case in the other suites."""
+    found: dict[str, Callable[[int, int], Case]] = {}
+    for scheme in quantization.SCHEMES:
+        found[scheme.name] = partial(quantization.case, scheme)
+    for scheme in quantization.FUSED:
+        for norm in (normalization.rms_norm, normalization.add_rms_norm):
+            found[f"{norm.__name__}_{scheme.name}"] = partial(normalization.fused, norm, scheme)
+        for gate in activation.GATES:
+            found[f"{gate.name}_{scheme.name}"] = partial(activation.fused, gate, scheme)
+    return found
+
+
+OPS = _ops()
+USUAL = (
+    "group_quant",
+    "group_quant_int8",
+    "token_quant",
+    "silu_mul_group_quant",
+    "add_rms_norm_group_quant",
+)
+"""What is measured when nobody says what: the rest is `--op all`."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -66,7 +94,7 @@ class QuickTimer:
         for _ in range(count):
             call()
         graph.capture_end()
-        graph.replay()
+        graph.replay()  # once before it is timed
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.replays + 1)]
         marks[0].record(stream)
         for mark in marks[1:]:
@@ -74,46 +102,77 @@ class QuickTimer:
             mark.record(stream)
         torch.cuda.synchronize()
         spans = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+        graph.reset()  # its memory goes back now, and not when it is collected
         return 1e3 * spans[len(spans) // 2] / count
 
 
 def points(
     ops: Sequence[str], widths: Sequence[int], tokens: Sequence[int]
 ) -> Iterator[tuple[str, int, int]]:
-    """Op, tokens, width: every fourth power of two first, then those half-way, then the rest."""
-    left = sorted(tokens)
-    for step in (4, 2, 1):
-        now = [count for count in left if (count.bit_length() - 1) % step == 0]
-        left = [count for count in left if count not in now]
-        yield from ((op, count, width) for count in now for width in widths for op in ops)
+    """Op, tokens, width: every fourth power of two first, then the others, from the smallest tensor to the largest."""
+    coarse = [count for count in sorted(tokens) if (count.bit_length() - 1) % 4 == 0]
+    rest = [(count, width) for count in tokens if count not in coarse for width in widths]
+    rest.sort(key=lambda size: (size[0] * size[1], size[0]))
+    for count, width in (*((count, width) for count in coarse for width in widths), *rest):
+        yield from ((op, count, width) for op in ops)
+
+
+def compile_point(name: str, tokens: int, width: int, device: str) -> None:
+    """Stock's graph of a point, into Inductor's cache on the disk; nothing is timed."""
+    case = OPS[name](tokens, width)
+    with torch.no_grad(), ahead.room(case), ahead.unlaunched():
+        _stock(case)(*case.inputs(torch.device(device)))
+
+
+def _stock(case: Case) -> Callable[..., Any]:
+    # sizes as numbers: that is the fastest that stock can be, for a size that never changes
+    return torch.compile(case.plain, dynamic=False, fullgraph=True)
 
 
 def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any) -> Row:
     """One row, `<op>` by the number of tokens and the width; a side that raises is an error and not timed."""
+    from custom_ops import library
+
     case = OPS[name](tokens, width)
     row = Row(f"heat_{name}", {"tokens": tokens, "width": width}, moved_bytes=case.moved_bytes)
+    row.fusion = case.fusion
     torch.compiler.reset()
     with torch.no_grad():
         inputs = case.inputs(device)
         assert case.op is not None
         assert case.op_args is not None
-        from custom_ops import library
-
         op = library.ops()[case.op]
         args, kwargs = case.op_args(*inputs)
-        compiled = torch.compile(case.plain, dynamic=False, fullgraph=True)
+        compiled = _stock(case)
         sides: dict[str, Call] = {
             "ours": lambda: op(*args, **kwargs),
             "inductor": lambda: compiled(*inputs),
         }
-        for side, call in sides.items():
-            try:
-                row.warm_us[side] = clock.warm(call)
-            except Exception as error:  # one side must not cost the other its device time
-                row.errors[side] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+        times: dict[str, list[float]] = {side: [] for side in sides}
+
+        def turn() -> None:
+            for side, call in sides.items():
+                try:
+                    times[side].append(clock.warm(call))
+                except Exception as error:  # one side must not cost the other its device time
+                    row.errors[side] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+
+        turn()
+        if not row.errors and times["inductor"][0] < AHEAD * times["ours"][0]:
+            for _ in range(AGAIN):
+                turn()
+        row.warm_us = {side: statistics.median(found) for side, found in times.items() if found}
         chosen = op.choose(*args, **kwargs).implementation
         row.chosen = chosen.name if chosen else ""
     return row
+
+
+def _give_back(device: torch.device) -> None:
+    """The memory of a point: a capture cannot free what the allocator keeps, so it must not run into the limit."""
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > KEPT_BYTES:
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
@@ -142,10 +201,19 @@ HEADS = ("op", f"not below {AHEAD}", "median", "least")
 
 @app.command()
 def heat(
-    op: Annotated[list[str] | None, typer.Option(help=f"only these: {', '.join(OPS)}")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help=f"only these, or all: {', '.join(OPS)}")
+    ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="only these token counts")] = None,
     width: Annotated[list[int] | None, typer.Option(help="only these widths")] = None,
-    minutes: Annotated[float, typer.Option(help="begin no point after so long")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="begin no point after so long, in all")] = 8.0,
+    ahead_minutes: Annotated[
+        float, typer.Option(help="compile stock's graphs side by side first, for no longer")
+    ] = 2.5,
+    processes: Annotated[int, typer.Option(help="how many compile; 0: one less than cores")] = 0,
+    resume: Annotated[
+        list[Path] | None, typer.Option(help="a file of an earlier run, whose points are left out")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the JSON file and of plots/")] = FOLDER,
     draw: Annotated[
         bool, typer.Option(help="needs matplotlib; `bench plot` draws it later")
@@ -154,37 +222,109 @@ def heat(
     commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
 ) -> None:
     """Measure, write the JSON file and draw the map. Exits with 1 when a side raised."""
-    unknown = [name for name in op or () if name not in OPS]
-    if unknown:
-        raise typer.BadParameter(
-            f"no op {unknown[0]!r}; accepted: {', '.join(OPS)}", param_hint="--op"
-        )
-    begun = time.monotonic()
+    names = list(OPS) if op == ["all"] else op or list(USUAL)
+    for name in names:
+        if name not in OPS:
+            raise typer.BadParameter(
+                f"no op {name!r}; accepted: all, {', '.join(OPS)}", param_hint="--op"
+            )
+    begun = saved = time.monotonic()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    earlier = [results.load(path) for path in resume or ()]
+    every = list(points(names, width or WIDTHS, tokens or TOKENS))
+    left = [point for point in every if point not in measured(earlier)]
+    if ahead_minutes > 0:
+        print(_compiled_ahead(left, where, processes, 60 * ahead_minutes), file=sys.stderr)
     clock: Any = QuickTimer() if where.type == "cuda" else HostTimer(reps=1)
     session = results.describe(SUITE, where, clock.name, _copy_bandwidth(where))
+    for run in earlier:
+        if run.device["name"] != session.device["name"]:
+            raise typer.BadParameter(
+                f"measured on {run.device['name']!r}; accepted: files of {session.device['name']!r}",
+                param_hint="--resume",
+            )
     session.commit = commit or session.commit
     session.command = session.command.replace("-m bench", "-m bench.heat", 1)
-    every = list(points(op or list(OPS), width or WIDTHS, tokens or TOKENS))
-    for name, count, columns in every:
+    for point in left:
         if time.monotonic() - begun > 60 * minutes:
             break
-        row = measure(name, count, columns, where, clock)
+        row = measure(*point, where, clock)
+        _give_back(where)
         row.finish(session.copy_gbps)
         session.rows.append(row)
         print(_line(row), file=sys.stderr, flush=True)
-        if len(session.rows) % 35 == 0:  # a run that is cut off keeps what it has
-            session.save(out)
-    path = session.save(out)
-    for line in (HEADS, *summary(session.rows)):
+        if time.monotonic() - saved > SAVED_EVERY:  # a run that is cut off keeps what it has
+            merged([*earlier, session]).save(out)
+            saved = time.monotonic()
+    whole = merged([*earlier, session])
+    path = whole.save(out)
+    for line in (HEADS, *summary(whole.rows)):
         print(" | ".join(line))
-    print(f"{len(session.rows)} of {len(every)} points, written to {path}")
+    print(f"{len(session.rows)} of {len(left)} points, written to {path}")
     if draw:
         from bench.plots import draw_heat
 
-        for picture in draw_heat([session], out / "plots"):
+        for picture in draw_heat([whole], out / "plots"):
             print(picture)
     raise typer.Exit(any(row.errors for row in session.rows))
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """One map of several of one device: of a point that was measured more than once, the median of each side.
+
+    What it says of where it comes from is the last run's, with the commits of all and how many there were.
+    """
+    last = max(runs, key=lambda run: run.date)
+    with_rows = [run for run in runs if run.rows]
+    if len(with_rows) <= 1:
+        return dataclasses.replace(last, rows=[row for run in runs for row in run.rows])
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for run in with_rows:
+        for row in run.rows:
+            if "of_inductor" in row.ratios:
+                found.setdefault(row.key, []).append(row)
+    whole = dataclasses.replace(
+        last,
+        commit=", ".join(dict.fromkeys(run.commit for run in with_rows)),
+        command=f"{last.command} (merged of {len(with_rows)} runs, medians)",
+        copy_gbps=statistics.median(run.copy_gbps for run in with_rows),
+        rows=[],
+    )
+    for rows in found.values():
+        times = {
+            side: statistics.median(row.warm_us[side] for row in rows)
+            for side in ("ours", "inductor")
+        }
+        row = dataclasses.replace(rows[-1], warm_us=times, ratios={}, errors={})
+        row.finish(whole.copy_gbps)
+        whole.rows.append(row)
+    return whole
+
+
+def measured(runs: Sequence[Run]) -> set[tuple[str, int, int]]:
+    """The points of earlier maps where both sides were timed."""
+    return {
+        (row.case.removeprefix(f"{SUITE}_"), row.sizes["tokens"], row.sizes["width"])
+        for run in of(runs)
+        for row in run.rows
+        if "of_inductor" in row.ratios
+    }
+
+
+def _compiled_ahead(
+    left: Sequence[tuple[str, int, int]], device: torch.device, processes: int, seconds: float
+) -> ahead.Done:
+    from custom_ops import library
+
+    # by name: run as a script, this module has another one, which a process would have to run to find the function
+    task = importlib.import_module("bench.heat").compile_point
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        # the C++ library is built, if it has to be, by a compiler of its own
+        built = beside.submit(library.load_cuda) if device.type == "cuda" else None
+        done = ahead.run([partial(task, *point, str(device)) for point in left], processes, seconds)
+        if built is not None:
+            built.result()
+    return done
 
 
 def _copy_bandwidth(device: torch.device) -> float:

@@ -16,6 +16,9 @@ KINDS = {
     "lora_linear_single": "single",
     "lora_linear_single_float32": "single float32",
     "lora_linear": "batch",
+    "lora_named_single": "single",
+    "lora_named_single_float32": "single float32",
+    "lora_named_batch": "batch",
 }
 
 
@@ -27,8 +30,13 @@ def distil(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
     measured = [(run, row) for run, row in pairs if row.case in KINDS]
     if not measured:
         raise ValueError("results: there is no row of the lora suite")
+    # one size may have been measured under two names of a case
+    newest = {
+        (KINDS[row.case], *sorted(row.sizes.items())): row
+        for _, row in sorted(measured, key=lambda pair: pair[0].date)
+    }
     times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for _, row in sorted(measured, key=lambda pair: pair[0].date):
+    for row in newest.values():
         n, k, rank, m = (row.sizes[name] for name in ("n", "k", "rank", "tokens"))
         us = times.setdefault((KINDS[row.case], n, k, rank, m), {})
         for name, time in row.warm_us.items():

@@ -18,6 +18,8 @@ INDUCTOR = "inductor"
 MAX_AUTOTUNE = "inductor_max_autotune"
 PLUGIN = "plugin"
 OURS = "ours"
+COMPILED = (PLUGIN, INDUCTOR, MAX_AUTOTUNE)
+"""The ways that compile a graph."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
     with torch.no_grad():
         inputs = case.inputs(plan.device)
         expected = case.plain(*inputs)
-        for name, make in _ways(case, plan, inputs):
+        for name, make in ways(case, plan, inputs):
             torch.compiler.reset()
             try:
                 call = make()
@@ -71,7 +73,7 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
     return row
 
 
-def _ways(case: Case, plan: Plan, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Thunk]]]:
+def ways(case: Case, plan: Plan, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Thunk]]]:
     """Each way's name, and a function that makes it ready and returns the call to time."""
     if case.op and case.op_args:
         op = library.ops()[case.op]

@@ -237,19 +237,31 @@ def memory_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def kernels(model: Model, dtype: str, tokens: int, device: torch.device, calls: int = 10) -> Table:
-    """What each kernel of the block takes, launched by the host: microseconds a call. Needs a GPU."""
+def kernels(
+    model: Model,
+    dtype: str,
+    tokens: int,
+    device: torch.device,
+    experts: str = "",
+    calls: int = 10,
+) -> Table:
+    """What each kernel of the block takes, launched by the host: microseconds a call. Needs a GPU.
+
+    experts: of which name, or those that the tables choose.
+    """
     from torch.profiler import ProfilerActivity
 
     hidden_states = moe.draw(model, tokens, device).unsqueeze(0)
+    pipeline = choice.pipelines()[experts] if experts else None
     for _ in range(3):
-        moe.by_hand(model, dtype, hidden_states)
+        moe.by_hand(model, dtype, hidden_states, pipeline)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
-            moe.by_hand(model, dtype, hidden_states)
+            moe.by_hand(model, dtype, hidden_states, pipeline)
         torch.cuda.synchronize()
-    table = Table(title=f"kernels of {model.name} {dtype}, {tokens} tokens")
+    by = f" by {experts}" if experts else ""
+    table = Table(title=f"kernels of {model.name} {dtype}{by}, {tokens} tokens")
     for column in ("kernel", "us a call", "launches"):
         table.add_column(column)
     found = [e for e in profiler.key_averages() if getattr(e, "device_time_total", 0)]

@@ -2,7 +2,11 @@
 
 A fusion is on where it is ahead of stock `torch.compile`: never below 0.97 of it (the noise of a run), and
 above 1 somewhere. A fusion with cases of its own is judged by those, any other by the models in which it
-fired. The time of the plugin counts, not that of the bare op.
+fired. The time of the plugin counts, not that of the bare op. A quantization alone is on only where it is not what is
+left of a fusion that is behind: stock makes one kernel of a producer and its quantization.
+
+Where a fusion that is on was behind in the map of sizes (`bench.heat`), the token counts and widths around stand with
+it as "behind", and the plugin leaves such places to stock (see `fusion_passes/slower.py`).
 
 Also writes `custom_ops/tables/<arch>.json`: which implementation, and which Triton tile, of scaled_mm won where, and
 what the parts of fused_moe took. What of these was not measured stays as it is in the table.
@@ -10,17 +14,30 @@ what the parts of fused_moe took. What of these was not measured stays as it is 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import heat
 from bench.results import ROOT, Row, Run, newest
 
 TABLES = ROOT / "fusion_passes" / "tables"
 PRODUCTS = ROOT / "custom_ops" / "tables"
 NOISE = 0.97
+SCHEMES = (
+    "group_quant",
+    "token_quant",
+    "token_quant_asymmetric",
+    "tensor_quant",
+    "tensor_quant_static",
+)
+PRODUCERS = ("rms_norm", "add_rms_norm", "silu_mul", "gelu_tanh_mul", "clamped_swiglu")
 PRODUCT = "scaled_mm"
+BLOCK_PRODUCT = "block_scaled_mm"
+BLOCK_WAYS = ("flashinfer", "cublaslt", "deep_gemm", "triton")
 MOE = "fused_moe"
 FAMILIES = ("moe",)
 
@@ -44,6 +61,8 @@ def write(runs: Sequence[Run], folder: Path, family: str = "") -> list[Path]:
         fresh: dict[str, Any] = {}
         if not family and any(product_kind(row) for _, row in pairs):
             fresh |= distil_products(pairs)
+        if not family and any(_has_flashinfer(row) for _, row in pairs):
+            fresh |= distil_block_products(pairs)
         if any(moe_kind(row) for _, row in pairs):
             fresh |= distil_moe(pairs)
         if fresh:
@@ -59,10 +78,80 @@ def _write(path: Path, table: dict[str, Any]) -> Path:
 
 
 def distil(pairs: Sequence[tuple[Run, Row]], fusions: Sequence[str]) -> dict[str, Any]:
-    return {
-        **_provenance(pairs),
-        "fusions": {name: verdict(name, [row for _, row in pairs]) for name in fusions},
-    }
+    rows = [row for run, row in pairs if run.suite != heat.SUITE]
+    maps = [row for run, row in pairs if run.suite == heat.SUITE]
+    verdicts = {name: verdict(name, rows) for name in fusions}
+    for name in SCHEMES:
+        after = [f"{producer}_{name}" for producer in PRODUCERS]
+        lost = [pair for pair in after if pair in verdicts and _was_behind(verdicts[pair])]
+        if lost and verdicts.get(name, {}).get("on"):
+            why = f"it would take a part of {lost[0]}, which is {verdicts[lost[0]]['why']}"
+            verdicts[name] |= {"on": False, "why": why}
+    for name, found in verdicts.items():
+        if found["on"] and (regions := behind(name, maps)):
+            found["behind"] = regions
+    return {**_provenance(pairs), "fusions": verdicts}
+
+
+def _was_behind(verdict: Mapping[str, Any]) -> bool:
+    return bool(verdict["rows"]) and not verdict["on"]
+
+
+def behind(fusion: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The regions of a map where a fusion was slower than stock, each of them one width and a span of tokens.
+
+    A region goes on to the next point that was not slower, in tokens and half-way (as a ratio) in widths, but not
+    beyond the map: nothing is known there.
+    """
+    found: dict[tuple[str, int], dict[int, float]] = {}
+    for row in rows:
+        if row.fusion == fusion and "of_inductor" in row.ratios:
+            int8 = row.case.endswith(("_int8", "_asymmetric"))
+            dtype = "int8" if int8 else "float8_e4m3fn"
+            ratios = found.setdefault((dtype, row.sizes["width"]), {})
+            count = row.sizes["tokens"]  # of two devices of an architecture the slower one counts
+            ratios[count] = min(ratios.get(count, math.inf), row.ratios["of_inductor"])
+    regions = []
+    for (dtype, width), ratios in sorted(found.items()):
+        widths = sorted(other for kind, other in found if kind == dtype)
+        for first, last in _slow_spans(ratios):
+            tokens = [count for count in ratios if first <= count <= last]
+            slow = [ratios[count] for count in tokens if ratios[count] < NOISE]
+            regions.append(
+                {
+                    "dtype": dtype,
+                    "tokens": [first, last],
+                    "width": _nearest_to(width, widths),
+                    "why": f"{min(slow):.2f} times stock torch.compile at {_span(tokens)} tokens of width {width}",
+                }
+            )
+    return regions
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _slow_spans(ratios: Mapping[int, float]) -> Iterator[tuple[int, int]]:
+    """Of speeds by token counts: each span of counts whose measured ones are all slow, up to the next that is not."""
+    counts = sorted(ratios)
+    for slow, group in itertools.groupby(range(len(counts)), lambda i: ratios[counts[i]] < NOISE):
+        if slow:
+            places = list(group)
+            before, after = places[0] - 1, places[-1] + 1
+            yield (
+                counts[before] + 1 if before >= 0 else counts[0],
+                counts[after] - 1 if after < len(counts) else counts[-1],
+            )
+
+
+def _nearest_to(width: int, widths: Sequence[int]) -> list[int]:
+    """The least and the largest width that is nearer to this one of the map than to the others."""
+    place = widths.index(width)
+    low = math.isqrt(widths[place - 1] * width) + 1 if place else width
+    high = math.isqrt(width * widths[place + 1]) if place + 1 < len(widths) else width
+    return [low, high]
 
 
 def _provenance(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
@@ -108,6 +197,31 @@ def distil_products(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
         }
     kinds = {kind: [rows[key] for key in sorted(rows)] for kind, rows in sorted(winners.items())}
     return {**_provenance(measured), PRODUCT: kinds}
+
+
+def _has_flashinfer(row: Row) -> bool:
+    return row.case == BLOCK_PRODUCT and "flashinfer" in row.warm_us
+
+
+def distil_block_products(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
+    """The winners of block-scaled products where FlashInfer was measured too; elsewhere the op has rules of its own."""
+    from custom_ops.gemm.flashinfer_sm90 import KIND
+
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+    for _, row in sorted(pairs, key=lambda pair: pair[0].date):
+        if not _has_flashinfer(row):
+            continue
+        us = {name: row.warm_us[name] for name in BLOCK_WAYS if name in row.warm_us}
+        n, k, m = (row.sizes[name] for name in ("n", "k", "tokens"))
+        found[n, k, m] = {
+            "n": n,
+            "k": k,
+            "m": m,
+            "implementation": min(us, key=lambda name: us[name]),
+            "tile": "",
+            "us": {name: round(time, 2) for name, time in us.items()},
+        }
+    return {BLOCK_PRODUCT: {KIND: [found[key] for key in sorted(found)]}}
 
 
 def moe_kind(row: Row) -> str | None:
@@ -162,6 +276,7 @@ def verdict(fusion: str, rows: Sequence[Row]) -> dict[str, Any]:
         why = f"{broken[0].label} was not measured"
     else:
         span = f"{min(speedups):.2f} to {max(speedups):.2f} times stock torch.compile"
-        sizes = sorted(row.sizes["tokens"] for row in judged)
-        why = f"{'ahead' if on else 'not ahead'}: {span} at {sizes[0]} to {sizes[-1]} tokens"
+        what = "tokens" if "tokens" in judged[0].sizes else "rows"  # a weight has no tokens
+        sizes = sorted(row.sizes[what] for row in judged)
+        why = f"{'ahead' if on else 'not ahead'}: {span} at {sizes[0]} to {sizes[-1]} {what}"
     return {"on": on, "why": why, "rows": evidence}

@@ -12,6 +12,7 @@ from fusion_passes.after_import import after_import
 
 if TYPE_CHECKING:
     from fusion_passes.backend import explain, inductor_options
+    from fusion_passes.expert_parallel import parallelize_experts_
     from fusion_passes.fusion import (
         Constraint,
         Fusion,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "backend": ("explain", "inductor_options"),
+    "expert_parallel": ("parallelize_experts_",),
     "fusion": (
         "Constraint",
         "Fusion",
@@ -60,6 +62,7 @@ __all__ = [
     "inductor_options",
     "jit_events",
     "lora",
+    "parallelize_experts_",
     "quantize_",
     "register",
     "registry",
@@ -87,4 +90,9 @@ def _register_experts() -> None:
     importlib.import_module("fusion_passes.transformers_experts").register()
 
 
+def _register_fp8_experts() -> None:
+    importlib.import_module("fusion_passes.transformers_experts").register_fp8()
+
+
 after_import("transformers.integrations.moe", _register_experts)
+after_import("transformers.integrations.finegrained_fp8", _register_fp8_experts)

@@ -43,6 +43,9 @@ def fusion_passes(
         settings, after=inductor.get(_OPTION, torch_internals.inductor_default(_OPTION))
     )
     inductor[_OPTION] = fusion_pass
+    if torch_internals.has_cudagraph_unsafe_ops(gm):
+        # what waits for the host, such as ep_dispatch, stays outside of CUDA graphs, and the rest inside
+        inductor.setdefault(torch_internals.GRAPH_PARTITION, True)
     stored = _stored_report(gm, example_inputs, fusion_pass)
     compiled = torch_internals.compile_with_inductor(gm, example_inputs, inductor)
     if fusion_pass.latest is None:

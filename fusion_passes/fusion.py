@@ -120,7 +120,7 @@ class Fusion:
     patterns, rewrite: every spelling, and what replaces a match; ``rewrite`` returns one node per output.
     find: instead of patterns, a walk over the graph that yields each place where the fusion's subject is, for
         ``rewrite``, and a near miss where it almost is: for what no pattern can state.
-    transform: instead of patterns, a function over the whole graph that returns the sites it changed.
+    transform: instead of patterns, a function over the whole graph that returns the sites it changed, and near misses.
     signature: the normalized operation that gives the fusion's subject away, for near misses (see near_miss.py).
     allow_shared: whether values inside the match may also be used outside of it. They are then computed twice,
         which pays only where the outside users are expected to be fused as well.
@@ -138,7 +138,7 @@ class Fusion:
     patterns: tuple[Pattern, ...] = ()
     rewrite: Callable[[Rewrite], tuple[Any, ...]] | None = None
     find: Callable[[fx.Graph], Iterable[Place | NearMiss]] | None = None
-    transform: Callable[[fx.Graph], Iterable[Site]] | None = None
+    transform: Callable[[fx.Graph], Iterable[Site | NearMiss]] | None = None
     constraints: tuple[Constraint, ...] = ()
     signature: str = ""
     allow_shared: bool = False

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 import custom_ops
-from fusion_passes import near_miss, reporting, tables, torch_internals, verify, warming
+from fusion_passes import near_miss, reporting, slower, tables, torch_internals, verify, warming
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
@@ -126,6 +126,7 @@ class _Run:
         )
         self.applies = self._applies()
         self.recognized: list[recognition.Recognized] = []
+        self._left = slower.Left(self.arch)
         self._dumped = 0
 
     def _applies(self) -> bool:
@@ -201,7 +202,9 @@ class _Run:
             self._patterns(fusion)
         self._dump(fusion.name)
 
-    def _transform(self, fusion: Fusion, transform: Callable[[fx.Graph], Iterable[Site]]) -> None:
+    def _transform(
+        self, fusion: Fusion, transform: Callable[[fx.Graph], Iterable[Site | NearMiss]]
+    ) -> None:
         if not is_shipped(fusion):
             trial = fx.Graph()
             trial.output(trial.graph_copy(self.graph, {}))
@@ -212,7 +215,13 @@ class _Run:
                 last = next(iter(reversed(self.graph.nodes)))
                 self._refuse(fusion, last, *_raised("transform", error))
                 return
-        self.report.sites.extend(transform(self.graph))
+        # a transform that asks settings.current() finds what this compilation was given
+        with settings_module.patch(allow_reference=self.settings.allow_reference):
+            for found in transform(self.graph):
+                if isinstance(found, NearMiss):
+                    self.report.near_misses.append(found)
+                else:
+                    self.report.sites.append(found)
 
     def _places(
         self, fusion: Fusion, find: Callable[[fx.Graph], Iterable[Place | NearMiss]]
@@ -289,7 +298,12 @@ class _Run:
                 return f"{node.name} inside of it is also used by {user.name}"
         if _would_cycle(match):
             return "one of its inputs is computed from one of its outputs"
-        return None
+        return self._slower(fusion, match)
+
+    def _slower(self, fusion: Fusion, match: Any) -> str | None:
+        if self.only is not None or not self.settings.by_default(fusion.name):
+            return None
+        return self._left.why(fusion, match)
 
     def _site(self, fusion: Fusion, rewrite: Rewrite) -> Site:
         sizes = rewrite.match.sizes

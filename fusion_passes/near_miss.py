@@ -42,14 +42,31 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
             for a in [_attempt(fusion, graph, p, s, node)]
         ]
         best = max(attempts, key=lambda a: a.progress / a.total, default=None)
-        # nothing but a quantization casts to float8, so the cast alone is worth a line
-        alone = fusion.signature == "cast" and node.meta["val"].dtype is torch.float8_e4m3fn
+        # nothing but a quantization casts to float8, or rounds and casts to int8, so that alone is worth a line
+        alone = fusion.signature == "cast" and (
+            node.meta["val"].dtype is torch.float8_e4m3fn or _rounds(node)
+        )
         enough = 1 if alone else THRESHOLD * (best.total if best else 0)
         if best is not None and best.progress >= enough and best.reason:
             misses.append(
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
             )
     return misses
+
+
+def _rounds(cast: fx.Node) -> bool:
+    """Whether a cast to an integer is of rounded values, clamped or not."""
+    node = cast.args[0] if cast.args else None
+    for _ in range(6):
+        operation = describe(node) if isinstance(node, fx.Node) else None
+        if operation is None or not operation.operands:
+            return False
+        if operation.name == "aten.round.default":
+            return True
+        if operation.name not in ("cast", "add") and "clamp" not in operation.name:
+            return False
+        node = operation.operands[0]
+    return False
 
 
 def gives_away(fusion: Fusion, node: fx.Node) -> bool:

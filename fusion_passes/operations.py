@@ -7,6 +7,7 @@ views, expands and slices to the value that they rearrange.
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _REDUCTIONS = {
     aten.amax.default: "amax", aten.max.default: "amax", aten.amin.default: "amin", aten.min.default: "amin",
     aten.mean.dim: "mean", aten.sum.dim_IntList: "sum",
 }  # fmt: skip
+_WITH_INDICES = {aten.max.dim: "amax", aten.min.dim: "amin"}
 _NAMES = {
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.mul.Tensor: "mul", aten.mul.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
@@ -80,6 +82,11 @@ def describe(node: fx.Node) -> Operation | None:
     constants = tuple(kwargs[key] for key in attributes)
     if isinstance(kind := getattr(target, "meaning_kind", None), str):
         return Operation(target.__name__, kind, (*args, *constants), attributes)
+    if (name := _values_alone(node)) is not None:
+        source, dim = args[0].args[0], args[0].args[1]
+        return Operation(
+            name, "reduction", (source,), (), index_map.reduction(shape_of(source), [dim])
+        )
     if target in _REDUCTIONS:
         shape = shape_of(args[0])
         dims = args[1] if len(args) > 1 and args[1] else range(len(shape))
@@ -104,6 +111,17 @@ def describe(node: fx.Node) -> Operation | None:
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return Operation(name, "pointwise", (*args, *constants), attributes)
     return Operation(name, "opaque", (*args, *constants), attributes)
+
+
+def _values_alone(node: fx.Node) -> str | None:
+    """The reduction that the first of ``max(dim)`` or ``min(dim)`` is where nothing reads where its values stand."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target not in _WITH_INDICES:
+        return None
+    alone = all(user.target is operator.getitem and user.args[1] == 0 for user in source.users)
+    return _WITH_INDICES[source.target] if alone else None
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -211,7 +229,10 @@ def escapes(
             user = stack.pop()
             if user in inside:
                 continue
-            if user.op != "output" and transparent(user) is not None:
+            # max(dim) is read through its first output, which is the operation
+            if user.target in _WITH_INDICES or (
+                user.op != "output" and transparent(user) is not None
+            ):
                 stack.extend(user.users)
             else:
                 yield node, user

@@ -71,19 +71,21 @@ class Fp8BlockExperts(nn.Module):
         return run(_Dequantized(self, hidden_states.dtype), rounded, top_k_index, top_k_weights)
 
     def _fused(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        first = self.first
         return transformers_experts.fused(
-            self.stock,
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            getattr(self, first),
-            self.down_proj,
-            gate_up_bias=getattr(self, f"{first}_bias"),
-            down_bias=self.down_proj_bias,
-            gate_up_scale=getattr(self, f"{first}_scale_inv"),
-            down_scale=self.down_proj_scale_inv,
+            self.stock, hidden_states, top_k_index, top_k_weights, **self.tensors()
         )
+
+    def tensors(self) -> dict[str, Any]:
+        """The weights, scales and biases, by the names that ``fused_moe`` has for them."""
+        first = self.first
+        return {
+            "gate_up": getattr(self, first),
+            "down": self.down_proj,
+            "gate_up_bias": getattr(self, f"{first}_bias"),
+            "down_bias": self.down_proj_bias,
+            "gate_up_scale": getattr(self, f"{first}_scale_inv"),
+            "down_scale": self.down_proj_scale_inv,
+        }
 
     def _one_by_one(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -168,6 +168,12 @@ class Settings(BaseSettings):
         on = wanted.base == "all"
         return on, self._said("fusions") if on else f"not in {self._said('fusions')}"
 
+    def by_default(self, name: str) -> bool:
+        """Whether nobody said anything of a fusion, so that the tables decide."""
+        wanted = self.fusion_list
+        named = name in self.toggles or name in wanted.added or name in wanted.removed
+        return wanted.base == "default" and not named
+
     def cache_key(self) -> tuple[Any, ...]:
         """Exactly what changes the compiler's output; the order of a list does not count."""
         wanted = self.fusion_list

@@ -19,9 +19,11 @@ __all__ = [
     "SUPPORTED",
     "CustomGraphPass",
     "capture",
+    "capture_sizes_from_data",
     "compile_id",
     "compile_with_inductor",
     "fake_mode_of",
+    "has_cudagraph_unsafe_ops",
     "inductor_default",
     "inductor_mode_options",
     "is_supported",
@@ -146,6 +148,33 @@ def compile_with_inductor(
     return _TorchCompileInductorWrapper(mode=None, options=options, dynamic=None)(
         gm, example_inputs
     )
+
+
+GRAPH_PARTITION = "graph_partition"
+"""The Inductor option that captures what lies between ops that no CUDA graph may hold, each piece for itself."""
+
+
+def has_cudagraph_unsafe_ops(gm: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's calls an op that is tagged as one that no CUDA graph may hold."""
+    for node in gm.graph.nodes:
+        target = node.target
+        overloads = [target]
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            overloads = [getattr(target, name) for name in target.overloads()]
+        for overload in overloads:
+            if (
+                isinstance(overload, torch._ops.OpOverload)
+                and torch.Tag.cudagraph_unsafe in overload.tags
+            ):
+                return True
+    return False
+
+
+def capture_sizes_from_data() -> None:
+    """Have Dynamo keep an op in its graph whose result has as many rows as the data says, as fullgraph=True does."""
+    from torch._dynamo import config
+
+    config.capture_dynamic_output_shape_ops = True
 
 
 def inductor_default(option: str) -> Any:

@@ -161,6 +161,17 @@ def _deep_gemm_runs() -> bool:
     )
 
 
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def flashinfer(operands: Inputs) -> Thunk:
+    """FlashInfer whatever the table says; it compiles for minutes when it first runs."""
+    from custom_ops.gemm import flashinfer_sm90
+
+    return lambda: flashinfer_sm90.block_scaled_mm(*operands, out_dtype=torch.bfloat16)
+
+
 def cases(tiny: bool = False) -> Iterator[Case]:
     yield from block_scaled_cases(tiny)
     yield from scaled_cases(tiny)
@@ -217,6 +228,8 @@ def scaled_cases(tiny: bool) -> Iterator[Case]:
 def block_scaled_cases(tiny: bool) -> Iterator[Case]:
     n, k = (128, 256) if tiny else (4096, 7168)
     others: dict[str, Any] = {"raw_deep_gemm": raw_deep_gemm} if _deep_gemm_runs() else {}
+    if "flashinfer" in custom_ops.ops()["block_scaled_mm"].usable(_here()):
+        others["flashinfer"] = flashinfer
     for m in (4,) if tiny else TOKENS:
         yield Case(
             name="block_scaled_mm",

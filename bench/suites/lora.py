@@ -1,7 +1,12 @@
-"""Linear layers with adapters: one for all tokens beside PEFT's, and batches that mix them; every way beside ours."""
+"""Linear layers with adapters: one for all tokens beside PEFT's, and batches that mix them; every way beside ours.
+
+The sizes that matter most have a case of their own name: `--case lora_named` runs them alone, with stock
+`torch.compile` of PEFT's layer, in about two minutes.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Iterator
@@ -73,9 +78,11 @@ def single_cases(tiny: bool) -> Iterator[Case]:
         (False, True), [(5, 32, 64, 4)] if tiny else sizes
     ):
         # the bars are those of the table: rank 16, 4096 x 4096, a 16-bit adapter
-        bar = SINGLE_BARS.get(m) if (n, k, rank, float32) == (4096, 4096, 16, False) else None
+        named = (n, k, rank) == (4096, 4096, 16) and m in SINGLE_BARS
+        bar = SINGLE_BARS.get(m) if named and not float32 else None
         yield Case(
-            name="lora_linear_single" + ("_float32" if float32 else ""),
+            name=("lora_named_single" if named else "lora_linear_single")
+            + ("_float32" if float32 else ""),
             sizes={"tokens": m, "n": n, "k": k, "rank": rank},
             inputs=partial(_single, m=m, n=n, k=k, rank=rank, float32=float32),
             plain=layer,
@@ -158,8 +165,9 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
     sizes += [(64, 8, hidden, 16, False) for hidden in HIDDEN if hidden != 4096]
     for m, adapters, hidden, rank, in_order in [(5, 3, 32, 4, False)] if tiny else sizes:
         bar = MIXED_BARS.get((m, adapters)) if hidden == 4096 else None
+        named = (m, adapters) in MIXED and (hidden, rank) == (4096, 16)
         yield Case(
-            name="lora_linear",
+            name="lora_named_batch" if named else "lora_linear",
             sizes={
                 "tokens": m,
                 "adapters": adapters,
@@ -255,6 +263,54 @@ def _three(device: torch.device, **sizes: Any) -> Inputs:
     return x, [base] * 3, a * 3, b * 3, scaling, ranks, *batch.tensors
 
 
+class Layers(nn.Module):
+    """Layers of PEFT on one activation: query, key and value; gate and up."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each(x) for each in self.layers)
+
+
+def _together(device: torch.device, m: int, widths: tuple[int, ...], k: int, rank: int) -> Inputs:
+    layers = [copy.deepcopy(peft_layer(device, n, k, rank, False)) for n in widths]
+    return Layers(layers), activation(device, m, k)
+
+
+def _together_args(module: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    layers = [_single_args(each, x)[0][1:] for each in module.layers]
+    return (x, *map(list, zip(*layers, strict=True))), {}
+
+
+def _one_by_one(inputs: Inputs) -> Thunk:
+    """The same layers as an op each: what `shared_lora_shrink` makes one of."""
+    module, x = inputs
+    calls = [_single_args(each, x)[0] for each in module.layers]
+    return lambda: [custom_ops.lora_linear_single(*call) for call in calls]
+
+
+def together_cases(tiny: bool) -> Iterator[Case]:
+    widths = ((32, 16), (24, 24, 8)) if tiny else ((4096, 1024, 1024), (14336, 14336))
+    k, rank, tokens = (64, 4, (5,)) if tiny else (4096, 16, (1, 64, 256, 1024, 8192))
+    for columns, m in itertools.product(widths, tokens):
+        yield Case(
+            name="lora_linears_single",
+            sizes={"tokens": m, "layers": len(columns), "n": sum(columns), "k": k, "rank": rank},
+            inputs=partial(_together, m=m, widths=columns, k=k, rank=rank),
+            plain=layer,
+            check=close(CLOSE),
+            op="lora_linears_single",
+            op_args=_together_args,
+            fusion="shared_lora_shrink",
+            beside=("lora_linear",),
+            moved_bytes=2 * (m * k + sum(columns) * (k + m + rank) + len(columns) * rank * k),
+            flops=2 * m * sum(columns) * (k + rank) + 2 * m * len(columns) * rank * k,
+            others={"one_by_one": _one_by_one},
+        )
+
+
 def shared_cases(tiny: bool) -> Iterator[Case]:
     sizes = [(5, 3, 32, 4)] if tiny else [(m, 8, 4096, 16) for m in TOKENS]
     for m, adapters, hidden, rank in sizes:
@@ -320,7 +376,7 @@ def _ways(kind: str, m: int, rank: int, float32: bool) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     names = ["apart", "beside"]
-    if kind == "single" and m >= 64:
+    if kind == "single" and m >= 64 and rank <= ways.MAX_FUSED_RANK:
         names.append("fused")
     if not hopper.unavailable(device) and rank % 8 == 0:
         if m <= hopper.MAX_DECODE_TOKENS and rank <= hopper.MAX_DECODE_RANK:
@@ -353,8 +409,100 @@ def _hopper(kind: str) -> Any:
     return hopper.load_single() if kind == "single" else hopper.load_batch()
 
 
+# ---- experts --------------------------------------------------------------------------------------------------
+
+
+def _experts(
+    device: torch.device, m: int, adapters: int, experts: int, top_k: int, h: int, i: int, rank: int
+) -> Inputs:
+    """The arguments of fused_moe_lora; tokens in turn have each adapter, and random experts."""
+    torch.manual_seed(0)
+    slots = torch.arange(m, dtype=torch.int32, device=device) % adapters
+    scores = torch.rand(m, experts, device=device)
+    weights, ids = scores.softmax(-1).topk(top_k)
+    shapes = ((2 * i, h), (h, i))
+    products = [activation(device, experts, n, k) / k**0.5 for n, k in shapes]
+    lora = [
+        each
+        for n, k in shapes
+        for each in (
+            activation(device, adapters, experts, rank, k) / k**0.5,
+            activation(device, adapters, experts, n, rank) / rank**0.5,
+        )
+    ]
+    scaling = torch.rand(adapters, device=device) + 0.5
+    ranks = torch.full((adapters,), rank, dtype=torch.int32, device=device)
+    return activation(device, m, h), *products, weights, ids, *lora, scaling, ranks, slots
+
+
+def _experts_plain(
+    x, gate_up, down, weights, ids, up_a, up_b, down_a, down_b, scaling, ranks, slots
+):
+    """Copies of the weights and the adapters of every pair, and batched products; float32 between the two."""
+    top_k = ids.shape[1]
+    expert, slot = ids.flatten(), slots.long().repeat_interleave(top_k)
+
+    def linear(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        column = rows[:, :, None]
+        base = torch.bmm(weight[expert], column)[:, :, 0]
+        y = torch.bmm(a[slot, expert].float(), column.float())
+        return (base + torch.bmm(b[slot, expert].float(), y)[:, :, 0] * scaling[slot, None]).to(
+            rows.dtype
+        )
+
+    gate, up = linear(x.repeat_interleave(top_k, 0), gate_up, up_a, up_b).chunk(2, -1)
+    out = linear(torch.nn.functional.silu(gate) * up, down, down_a, down_b)
+    pairs = out.view(*ids.shape, -1) * weights[:, :, None]
+    return pairs.float().sum(1).to(x.dtype)
+
+
+def _experts_alone(inputs: Inputs) -> Thunk:
+    """The same experts without adapters."""
+    return lambda: custom_ops.fused_moe(*inputs[:5])
+
+
+def expert_cases(tiny: bool) -> Iterator[Case]:
+    sizes = (
+        [(5, 3, 4, 2, 32, 16, 4)] if tiny else [(m, 4, 64, 8, 2048, 768, 16) for m in (1, 16, 64)]
+    )
+    for m, adapters, experts, top_k, hidden, width, rank in sizes:
+        used = min(m * top_k, experts)
+        yield Case(
+            name="fused_moe_lora",
+            sizes={
+                "tokens": m,
+                "adapters": adapters,
+                "experts": experts,
+                "top_k": top_k,
+                "h": hidden,
+                "i": width,
+            },
+            inputs=partial(
+                _experts,
+                m=m,
+                adapters=adapters,
+                experts=experts,
+                top_k=top_k,
+                h=hidden,
+                i=width,
+                rank=rank,
+            ),
+            plain=_experts_plain,
+            check=close(2 * CLOSE),
+            op="fused_moe_lora",
+            op_args=lambda *inputs: (inputs, {}),
+            moved_bytes=6 * used * hidden * width
+            + 2 * min(m * top_k, adapters * experts) * rank * (2 * hidden + 3 * width),
+            flops=6 * m * top_k * hidden * width,
+            others={"fused_moe": _experts_alone},
+        )
+
+
 def cases(tiny: bool = False) -> Iterator[Case]:
-    yield from single_cases(tiny)
-    yield from mixed_cases(tiny)
+    yield from sorted(
+        (*single_cases(tiny), *mixed_cases(tiny)), key=lambda case: "named" not in case.name
+    )
+    yield from together_cases(tiny)
+    yield from expert_cases(tiny)
     yield from half_cases(tiny)
     yield from shared_cases(tiny)

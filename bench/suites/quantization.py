@@ -160,8 +160,16 @@ STATIC = Scheme(
     given=True,
     of_copy=(0.95, 0.88),
 )
-SCHEMES = (GROUP, GROUP_INT8, TOKEN, TOKEN_INT8, TENSOR, STATIC)
-FUSED = (GROUP, TOKEN, TOKEN_INT8, TENSOR, STATIC)
+ASYMMETRIC = Scheme(
+    "token_quant_asymmetric",
+    "token_quant_asymmetric",
+    token_quant_asymmetric,
+    lambda tokens, width: 5 * tokens,
+    options={"min_scale": 1e-5},
+    of_copy=(0.88, 0.88),
+)
+SCHEMES = (GROUP, GROUP_INT8, TOKEN, TOKEN_INT8, TENSOR, STATIC, ASYMMETRIC)
+FUSED = (GROUP, TOKEN, TOKEN_INT8, TENSOR, STATIC, ASYMMETRIC)
 
 
 def case(scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
@@ -183,22 +191,11 @@ def case(scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
 def cases(tiny: bool = False) -> Iterator[Case]:
     hidden = 256 if tiny else 7168
     for scheme in SCHEMES:
-        for tokens in (4,) if tiny else (*DECODE, 4096, 16384):
+        usual = (*FEW, 16384) if scheme is ASYMMETRIC else (*DECODE, 4096, 16384)
+        for tokens in (4,) if tiny else usual:
             large = Target("of_copy", scheme.of_copy[0])
             small = Target("of_inductor", 0.97)
             yield case(scheme, tokens, hidden, large if tokens == 16384 else small)
-    for tokens in (4,) if tiny else (*FEW, 16384):
-        yield Case(
-            name="token_quant_asymmetric",
-            sizes={"tokens": tokens, "hidden": hidden},
-            inputs=partial(activations, shapes=[(tokens, hidden)]),
-            plain=token_quant_asymmetric,
-            check=same,
-            op="token_quant_asymmetric",
-            op_args=lambda x: ((x,), {"min_scale": 1e-5}),
-            fusion="token_quant_asymmetric",
-            moved_bytes=(3 * hidden + 5) * tokens,
-        )
     rows = 256 if tiny else 7168
     yield Case(
         name="block_quant",

@@ -40,10 +40,16 @@ def schemes() -> dict[str, Callable[[], Any]]:
 
 @lru_cache(maxsize=1)
 def quantized(scheme: str, device: torch.device) -> nn.Module:
+    """The layer, and Inductor as torchao sets it up but for the tuning by coordinate descent.
+
+    That takes 20 seconds a layer on either side.
+    """
+    import torch._inductor.config as inductor
     from torchao.quantization import quantize_
 
     model = copy.deepcopy(models(device, False)[1])
     quantize_(model, schemes()[scheme]())
+    inductor.coordinate_descent_tuning = False
     return model.requires_grad_(False)
 
 

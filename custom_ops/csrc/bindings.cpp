@@ -16,6 +16,8 @@ constexpr const char* scheme_suffix(Scheme scheme) {
       return "group_quant";
     case Scheme::token:
       return "token_quant";
+    case Scheme::token_asymmetric:
+      return "token_quant_asymmetric";
     case Scheme::tensor:
       return "tensor_quant";
     case Scheme::tensor_static:
@@ -44,8 +46,8 @@ std::string joined(const std::string& producer, const std::string& scheme) {
 
 // ---- ops ------------------------------------------------------------------------------------------------
 
-// Quantizes what `launch` produces, and puts codes and scale on the stack. launch: takes a Quantized, or a
-// TensorQuantized, with the scheme as a type.
+// Quantizes what `launch` produces, and puts codes, scale and zero point on the stack. launch: takes a Quantized, an
+// AsymmetricQuantized or a TensorQuantized.
 template <Scheme S>
 using SchemeTag = std::integral_constant<Scheme, S>;
 
@@ -53,12 +55,21 @@ template <Scheme S, typename Launch>
 void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOptions& options, Dtype dtype,
               Launch launch) {
   check_quant<S>(op, options, x.keep, x.cols);
-  const QuantRule rule = quant_rule(op, options, dtype);
+  QuantRule rule = quant_rule(op, options, dtype);
   QuantOut out;
   if constexpr (S == Scheme::group || S == Scheme::token) {
     Quantized raw{};
     out = S == Scheme::group ? empty_groups(x, options, rule, raw) : empty_tokens(x, options, rule, raw);
     check_launch(op, launch(raw));
+  } else if constexpr (S == Scheme::token_asymmetric) {
+    rule.max = 255.0f;
+    rule.max_reciprocal = 1.0f / rule.max;
+    AsymmetricQuantized raw{};
+    out = empty_tokens(x, options, rule, raw.tokens);
+    Tensor zero_points = empty_per_token(x.keep, aoti_torch_dtype_int8());
+    raw.zero_points = zero_points.data();
+    check_launch(op, launch(raw));
+    put(stack[2], zero_points);
   } else {
     TensorQuantized raw{};
     Tensor maxima;
@@ -70,7 +81,7 @@ void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOpt
 }
 
 // x | (gate, up) | (gate, up, alpha, limit), then [group_size | scale] and the keywords of the scheme
-//   -> out | (q, scale) | q
+//   -> out | (q, scale) | (q, scale, zero_point) | q
 template <Activation A, Scheme S>
 void elementwise(StableIValue* stack, uint64_t, uint64_t) {
   static const std::string name = joined(activation_name(A), scheme_suffix(S));
@@ -110,6 +121,9 @@ void elementwise(StableIValue* stack, uint64_t, uint64_t) {
     quantize<S>(op, stack, x, options, dtype, [&](const auto& out) {
       if constexpr (S == Scheme::group) return group_quant(dtype, source, x.rows, x.cols, out, stream);
       if constexpr (S == Scheme::token) return token_quant(dtype, source, x.rows, x.cols, out, stream);
+      if constexpr (S == Scheme::token_asymmetric) {
+        return token_quant_asymmetric(dtype, source, x.rows, x.cols, out, stream);
+      }
       if constexpr (S == Scheme::tensor || S == Scheme::tensor_static) {
         return tensor_quant(dtype, source, x.rows, x.cols, out, stream);
       }
@@ -140,7 +154,7 @@ Weight norm_weight(const char* op, const Tensor& weight, const Tensor& x, int64_
 }
 
 // (x, [residual,] weight, eps, [group_size | scale,] weight_mode, the keywords of the scheme)
-//   -> out | (q, scale) | q, then residual_out
+//   -> out | (q, scale) | (q, scale, zero_point) | q, then residual_out
 template <bool Add, Scheme S>
 void norm(StableIValue* stack, uint64_t, uint64_t) {
   static const std::string name = joined(Add ? "add_rms_norm" : "rms_norm", scheme_suffix(S));
@@ -184,12 +198,14 @@ void norm(StableIValue* stack, uint64_t, uint64_t) {
     quantize<S>(op, stack, x, options, dtype, [&](const auto& out) {
       if constexpr (S == Scheme::group) return rms_norm_group_quant(dtype, args, out, stream);
       if constexpr (S == Scheme::token) return rms_norm_token_quant(dtype, args, out, stream);
+      if constexpr (S == Scheme::token_asymmetric) return rms_norm_token_quant_asymmetric(dtype, args, out, stream);
       if constexpr (S == Scheme::tensor || S == Scheme::tensor_static) {
         return rms_norm_tensor_quant(dtype, args, out, stream);
       }
     });
   }
-  if (Add) put(stack[S == Scheme::none || S == Scheme::tensor_static ? 1 : 2], residual_out);
+  constexpr int kBefore = S == Scheme::none || S == Scheme::tensor_static ? 1 : S == Scheme::token_asymmetric ? 3 : 2;
+  if (Add) put(stack[kBefore], residual_out);
 }
 
 // ---- schemas --------------------------------------------------------------------------------------------
@@ -199,13 +215,12 @@ std::string schema(const std::string& producer, const std::string& positional, c
                    Scheme scheme, bool residual_out) {
   const std::string quant = quant_keywords(scheme);
   const std::string all = keywords + (keywords.empty() || quant.empty() ? "" : ", ") + quant;
-  const bool two = scheme == Scheme::group || scheme == Scheme::token || scheme == Scheme::tensor;
-  std::string returned = two ? "(Tensor q, Tensor scale)" : "Tensor";
-  if (residual_out) {
-    returned = two                      ? "(Tensor q, Tensor scale, Tensor residual_out)"
-               : scheme == Scheme::none ? "(Tensor out, Tensor residual_out)"
-                                        : "(Tensor q, Tensor residual_out)";
-  }
+  const bool one = scheme == Scheme::none || scheme == Scheme::tensor_static;
+  std::string returned = scheme == Scheme::none ? "Tensor out" : "Tensor q";
+  if (!one) returned += ", Tensor scale";
+  if (scheme == Scheme::token_asymmetric) returned += ", Tensor zero_point";
+  if (residual_out) returned += ", Tensor residual_out";
+  returned = one && !residual_out ? "Tensor" : "(" + returned + ")";
   return joined(producer, scheme_suffix(scheme)) + "(" + positional +
          (scheme == Scheme::group           ? ", int group_size"
           : scheme == Scheme::tensor_static ? ", Tensor scale"
@@ -243,6 +258,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   define_scheme(m, Scheme::none);
   define_scheme(m, Scheme::group);
   define_scheme(m, Scheme::token);
+  define_scheme(m, Scheme::token_asymmetric);
   define_scheme(m, Scheme::tensor);
   define_scheme(m, Scheme::tensor_static);
 }
@@ -251,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {
   implement_scheme<Scheme::none>(m);
   implement_scheme<Scheme::group>(m);
   implement_scheme<Scheme::token>(m);
+  implement_scheme<Scheme::token_asymmetric>(m);
   implement_scheme<Scheme::tensor>(m);
   implement_scheme<Scheme::tensor_static>(m);
 }

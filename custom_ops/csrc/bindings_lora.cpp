@@ -128,6 +128,7 @@ void decode_op(StableIValue* stack, uint64_t, uint64_t) {
     check_size(kDecode, "a", a.sizes()[0], rank);
     check_size(kDecode, "a", a.sizes()[1], p.linear.channels);
     if (batched || rank > 64) fail(kDecode, "takes a of one adapter of rank 64 at most");
+    if (!p.linear.round_each || p.b_float32) fail(kDecode, "takes a of an adapter of 16 bits, which rounds each step");
     p.a = a.data();
     p.a_row = a.strides()[0];
   } else {

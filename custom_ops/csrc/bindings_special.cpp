@@ -1,5 +1,4 @@
-// The ops of namespace custom_ops_cuda that are no producer with a scheme: zero points, blocks of weights, masked
-// experts.
+// The ops of namespace custom_ops_cuda that are no producer with a scheme: blocks of weights, masked experts.
 #include "op_arguments.h"
 
 namespace {
@@ -7,7 +6,6 @@ namespace {
 using namespace custom_ops;
 
 constexpr char kBlockQuant[] = "block_quant";
-constexpr char kAsymmetric[] = "token_quant_asymmetric";
 constexpr char kMasked[] = "silu_mul_group_quant_masked";
 constexpr int64_t kBlock = 128;
 
@@ -38,35 +36,6 @@ void block_quant_op(StableIValue* stack, uint64_t, uint64_t) {
   check_launch(kBlockQuant, block_quant(dtype, source, x.rows, x.cols, out, current_stream(device)));
   put(stack[0], codes);
   put(stack[1], scale);
-}
-
-// (x, min_scale, scale_mode, code_mode) -> (q, scale, zero_point)
-void asymmetric_op(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  Tensor x_tensor = arguments.tensor();
-  QuantOptions options;
-  options.dtype = aoti_torch_dtype_int8();
-  options.min_scale = arguments.number();
-  options.scale_mode = arguments.string();
-  options.code_mode = arguments.string();
-  const Dtype dtype = float16_of(kAsymmetric, "x", x_tensor);
-  const int32_t device = x_tensor.device();
-  const DeviceGuard guard(device);
-  const Rows x = as_rows(kAsymmetric, "x", std::move(x_tensor));
-  check_quant<Scheme::token>(kAsymmetric, options, x.keep, x.cols);
-  QuantRule rule = quant_rule(kAsymmetric, options, dtype);
-  rule.max = 255.0f;
-  rule.max_reciprocal = 1.0f / rule.max;
-  Quantized raw{};
-  QuantOut out = empty_tokens(x, options, rule, raw);
-  Tensor zero_point = empty_per_token(x.keep, aoti_torch_dtype_int8());
-  Source source{};
-  source.x = x.matrix;
-  check_launch(kAsymmetric, token_quant_asymmetric(dtype, source, x.rows, x.cols, raw, zero_point.data(),
-                                                   current_stream(device)));
-  put(stack[0], out.codes);
-  put(stack[1], out.scale);
-  put(stack[2], zero_point);
 }
 
 // (gate_up, counts, group_size, the keywords of groups) -> (q, scale)
@@ -125,8 +94,6 @@ void masked_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def(("block_quant(Tensor x, *, " + quant_keywords(Scheme::tensor) + ") -> (Tensor q, Tensor scale)").c_str());
-  m.def("token_quant_asymmetric(Tensor x, *, float min_scale=0.0, str scale_mode=\"divide\","
-        " str code_mode=\"divide\") -> (Tensor q, Tensor scale, Tensor zero_point)");
   m.def(("silu_mul_group_quant_masked(Tensor gate_up, Tensor counts, int group_size, *, " +
          quant_keywords(Scheme::group, "column_major_tma") + ") -> (Tensor q, Tensor scale)")
             .c_str());
@@ -134,6 +101,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {
   m.impl(kBlockQuant, &block_quant_op);
-  m.impl(kAsymmetric, &asymmetric_op);
   m.impl(kMasked, &masked_op);
 }

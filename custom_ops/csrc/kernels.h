@@ -112,8 +112,13 @@ cudaError_t token_quant(Dtype dtype, const Source& source, int64_t rows, int64_t
                         cudaStream_t stream);
 
 // To int8 with a scale and a zero point (int8, contiguous) per token. The rule's max is 255.
-cudaError_t token_quant_asymmetric(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
-                                   void* zero_point, cudaStream_t stream);
+struct AsymmetricQuantized {
+  Quantized tokens;
+  void* zero_points;
+};
+
+cudaError_t token_quant_asymmetric(Dtype dtype, const Source& source, int64_t rows, int64_t cols,
+                                   const AsymmetricQuantized& out, cudaStream_t stream);
 
 // One pass over memory if the scale is given, else two.
 cudaError_t tensor_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const TensorQuantized& out,
@@ -154,6 +159,8 @@ cudaError_t rms_norm(Dtype dtype, const NormArgs& args, void* out, cudaStream_t 
 cudaError_t rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t usual_rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t rms_norm_token_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
+cudaError_t rms_norm_token_quant_asymmetric(Dtype dtype, const NormArgs& args, const AsymmetricQuantized& out,
+                                            cudaStream_t stream);
 cudaError_t rms_norm_tensor_quant(Dtype dtype, const NormArgs& args, const TensorQuantized& out, cudaStream_t stream);
 
 }  // namespace custom_ops

@@ -48,7 +48,7 @@ struct LoraDecode {
   const float* scalings;
   float scaling;
   int tile_columns;  // of a block: 64 or 128
-  int most_blocks;   // that share the channels of a tile: 1, 2, 4 or 8
+  int most_blocks;   // that share the channels of a tile: 1 to 4
 };
 
 // Many tokens and one adapter. y: [tokens, rank] and b: [columns, rank] of x's dtype, rank a multiple of 8.

@@ -150,6 +150,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_
   const int first = static_cast<int>(blockIdx.x) * p.chunk;
   const int end = p.pairs - first < p.chunk ? p.pairs : first + p.chunk;
   Tile<Items> tile;
+  // What comes next may rely on all that is ahead of this kernel, so it begins after this wait.
+  if constexpr (S != Step::place) wait_for_first();
   let_second_begin();
   tile.load(p, first, end);
   if (S != Step::place) fill(p);
@@ -200,9 +202,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_
 }
 
 template <int Items>
-cudaError_t launch_only(const AlignArgs& p, int threads, cudaStream_t stream) {
-  align_kernel<Step::only, Items><<<1, threads, 0, stream>>>(p);
-  return cudaGetLastError();
+cudaError_t launch_only(const AlignArgs& p, int threads, bool early, cudaStream_t stream) {
+  return launch_kernel(align_kernel<Step::only, Items>, 1, threads, 0, stream, early, p);
 }
 
 constexpr int kItems = 4;  // of several blocks
@@ -222,22 +223,22 @@ void plan_align(AlignArgs& p) {
 
 cudaError_t moe_align(const AlignArgs& p, cudaStream_t stream) {
   if (p.ids.experts < 1 || p.ids.experts > kMostAlignedExperts) return cudaErrorInvalidValue;
+  bool early;
+  const cudaError_t error = can_begin_early(early);
+  if (error != cudaSuccess) return error;
   if (p.blocks == 1) {
     // Few pairs: few warps to count and to wait for. A thread for each expert.
     int threads = p.pairs < 1024 ? (p.pairs + 31) / 32 * 32 : 1024;
     const int least = p.ids.experts < 128 ? 128 : (p.ids.experts + 31) / 32 * 32;
     if (threads < least) threads = least;
-    if (p.pairs <= threads) return launch_only<1>(p, threads, stream);
-    if (p.pairs <= 2 * threads) return launch_only<2>(p, threads, stream);
-    if (p.pairs <= 4 * threads) return launch_only<4>(p, threads, stream);
-    return launch_only<8>(p, threads, stream);
+    if (p.pairs <= threads) return launch_only<1>(p, threads, early, stream);
+    if (p.pairs <= 2 * threads) return launch_only<2>(p, threads, early, stream);
+    if (p.pairs <= 4 * threads) return launch_only<4>(p, threads, early, stream);
+    return launch_only<8>(p, threads, early, stream);
   }
-  bool early;
-  cudaError_t error = can_begin_early(early);
-  if (error != cudaSuccess) return error;
-  align_kernel<Step::count, kItems><<<p.blocks, kMostWarps * 32, 0, stream>>>(p);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
+  const cudaError_t counted =
+      launch_kernel(align_kernel<Step::count, kItems>, p.blocks, kMostWarps * 32, 0, stream, early, p);
+  if (counted != cudaSuccess) return counted;
   return launch_kernel(align_kernel<Step::place, kItems>, p.blocks, kMostWarps * 32, 0, stream, early, p);
 }
 

@@ -77,8 +77,17 @@ __global__ void __launch_bounds__(kThreads)
 
 // The rows of pairs that lie by pair, those that are here.
 __device__ __forceinline__ int64_t row_of_pair_of(const SumArgs& p, int64_t pair) {
-  if (p.row_of_pair != nullptr) return __ldg(p.row_of_pair + pair);
+  if (p.row_of_pair != nullptr) return __ldcg(p.row_of_pair + pair);
   return p.ids.data == nullptr || expert_of(p.ids, pair) >= 0 ? pair : -1;
+}
+
+// As load_columns, of what a kernel wrote that may have run beside this one.
+template <typename T, bool Aligned>
+__device__ __forceinline__ Vec<T> load_written(const T* row, int64_t col, int64_t cols, uint32_t step) {
+  if (!Aligned) return load_scalar(row + col * step, cols - col, step);
+  Vec<T> v;
+  v.bits() = __ldcg(reinterpret_cast<const typename Vec<T>::Bits*>(row + col));
+  return v;
 }
 
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -106,6 +115,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
   const int64_t col = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVec;
   const bool exists = col < p.cols;
   float sum[kVec] = {};
+  wait_for_first();
   for (int first = 0; first < p.top_k; first += 32) {
     const int k = first + lane;
     int64_t own = -1;
@@ -113,8 +123,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
     if (k < p.top_k) {
       own = row_of_pair_of(p, token * p.top_k + k);
       const int64_t at = token * p.weight_stride + k * p.weight_step;
-      own_weight = p.weights_are_float32 ? __ldg(static_cast<const float*>(p.weights) + at)
-                                         : to_float(__ldg(static_cast<const T*>(p.weights) + at));
+      own_weight = p.weights_are_float32 ? __ldcg(static_cast<const float*>(p.weights) + at)
+                                         : to_float(__ldcg(static_cast<const T*>(p.weights) + at));
     }
     const int count = p.top_k - first < 32 ? p.top_k - first : 32;
     for (int batch = 0; batch < count; batch += kBatch) {
@@ -124,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
       for (int i = 0; i < kBatch; ++i) {
         const int64_t row = __shfl_sync(kAllLanes, own, (batch + i) % 32);
         here[i] = batch + i < count && row >= 0 && exists;
-        if (here[i]) v[i] = load_columns<T, Aligned>(row_of<T>(p.rows, row), col, p.cols, p.rows.col_stride);
+        if (here[i]) v[i] = load_written<T, Aligned>(row_of<T>(p.rows, row), col, p.cols, p.rows.col_stride);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -190,12 +200,11 @@ template <typename T>
 cudaError_t sum(const SumArgs& p, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens, p.cols);
   if (!grid.fits) return cudaErrorInvalidValue;
-  if (vectorizable(p.rows, p.cols)) {
-    sum_kernel<T, true><<<grid.blocks, grid.threads, 0, stream>>>(p);
-  } else {
-    sum_kernel<T, false><<<grid.blocks, grid.threads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  bool early;
+  const cudaError_t error = can_begin_early(early);
+  if (error != cudaSuccess) return error;
+  const auto kernel = vectorizable(p.rows, p.cols) ? sum_kernel<T, true> : sum_kernel<T, false>;
+  return launch_kernel(kernel, grid.blocks, grid.threads, 0, stream, early, p);
 }
 
 }  // namespace

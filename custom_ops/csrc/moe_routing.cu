@@ -7,6 +7,7 @@
 
 #include "groups.cuh"
 #include "moe.h"
+#include "passes.cuh"
 
 namespace custom_ops {
 namespace {
@@ -14,10 +15,11 @@ namespace {
 constexpr int kWarps = 4;
 constexpr uint32_t kRemoved = 0;  // below the key of every float
 
+// No read-only loads: the kernel that writes the logits may have run beside this one.
 __device__ __forceinline__ float load_float(const void* p, Float type, int64_t i) {
-  if (type == Float::float32) return __ldg(static_cast<const float*>(p) + i);
-  if (type == Float::bfloat16) return __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(p) + i));
-  return __half2float(__ldg(static_cast<const __half*>(p) + i));
+  if (type == Float::float32) return __ldcg(static_cast<const float*>(p) + i);
+  if (type == Float::bfloat16) return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(p) + i));
+  return __half2float(__ldcg(static_cast<const __half*>(p) + i));
 }
 
 __device__ __forceinline__ void store_float(void* p, Float type, int64_t i, float v) {
@@ -135,6 +137,8 @@ __global__ void __launch_bounds__(kWarps * 32, 4) route_kernel(const __grid_cons
   __shared__ uint32_t scratch[kWarps][32 * Items];
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  wait_for_first();  // before what comes next begins: it may rely on all that is ahead of this kernel
+  let_second_begin();
   if (token >= p.tokens) return;  // all lanes of the warp
 
   float score[Items];
@@ -242,18 +246,15 @@ cudaError_t moe_route(const RoutingArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
   if (args.tokens > int64_t{kWarps} * INT32_MAX) return cudaErrorInvalidValue;
   const unsigned blocks = static_cast<unsigned>((args.tokens + kWarps - 1) / kWarps);
-  if (args.experts <= 32) {
-    route_kernel<1><<<blocks, kWarps * 32, 0, stream>>>(args);
-  } else if (args.experts <= 64) {
-    route_kernel<2><<<blocks, kWarps * 32, 0, stream>>>(args);
-  } else if (args.experts <= 128) {
-    route_kernel<4><<<blocks, kWarps * 32, 0, stream>>>(args);
-  } else if (args.experts <= 256) {
-    route_kernel<8><<<blocks, kWarps * 32, 0, stream>>>(args);
-  } else {
-    route_kernel<16><<<blocks, kWarps * 32, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  bool early;
+  const cudaError_t error = can_begin_early(early);
+  if (error != cudaSuccess) return error;
+  const auto kernel = args.experts <= 32    ? route_kernel<1>
+                      : args.experts <= 64  ? route_kernel<2>
+                      : args.experts <= 128 ? route_kernel<4>
+                      : args.experts <= 256 ? route_kernel<8>
+                                            : route_kernel<16>;
+  return launch_kernel(kernel, blocks, kWarps * 32, 0, stream, early, args);
 }
 
 }  // namespace custom_ops

@@ -145,7 +145,7 @@ inline Tensor empty_contiguous(const Tensor& like, int32_t dtype) {
 
 // ---- quantization ---------------------------------------------------------------------------------------
 
-enum class Scheme { none, group, token, tensor, tensor_static };
+enum class Scheme { none, group, token, token_asymmetric, tensor, tensor_static };
 
 // The arguments of a scheme, in the order of its schema: `take` the positional one, then, after the producer's own,
 // the keywords.
@@ -170,6 +170,13 @@ void take_positional(Arguments& arguments, QuantOptions& options) {
 template <Scheme S>
 void take_keywords(Arguments& arguments, QuantOptions& options) {
   if (S == Scheme::none) return;
+  if (S == Scheme::token_asymmetric) {
+    options.dtype = aoti_torch_dtype_int8();
+    options.min_scale = arguments.number();
+    options.scale_mode = arguments.string();
+    options.code_mode = arguments.string();
+    return;
+  }
   if (S == Scheme::group) options.layout = arguments.string();
   if (S != Scheme::tensor_static) options.min_amax = arguments.number();
   options.dtype = arguments.dtype();
@@ -243,7 +250,9 @@ void check_quant(const char* op, const QuantOptions& options, const Tensor& x, i
       fail(op, "scale_layout must be 'column_major_tma' for scale_format 'ue8m0_packed', got '", layout, "'");
     }
   }
-  if (S == Scheme::token && cols == 0) fail(op, "the last dimension must be 1 or more, got 0");
+  if ((S == Scheme::token || S == Scheme::token_asymmetric) && cols == 0) {
+    fail(op, "the last dimension must be 1 or more, got 0");
+  }
   if (S == Scheme::tensor_static) {
     int64_t elements = 1;
     for (int64_t d = 0; d < options.given.dim(); ++d) elements *= options.given.sizes()[d];
@@ -351,10 +360,12 @@ inline QuantOut empty_tensor(const Rows& x, const QuantOptions& options, const Q
 inline std::string quant_keywords(Scheme scheme, const std::string& layout = "row_major") {
   if (scheme == Scheme::none) return "";
   const std::string code_mode = "str code_mode=\"divide\"";
+  const std::string scale_mode = "float min_scale=0.0, str scale_mode=\"divide\", ";
+  if (scheme == Scheme::token_asymmetric) return scale_mode + code_mode;
   const std::string dtype = "ScalarType dtype=float8_e4m3fn, ";
   if (scheme == Scheme::tensor_static) return dtype + code_mode;
   return (scheme == Scheme::group ? "str scale_layout=\"" + layout + "\", " : "") + ("float min_amax=1e-10, " + dtype) +
-         "str scale_format=\"float32\", float min_scale=0.0, str scale_mode=\"divide\", " + code_mode;
+         "str scale_format=\"float32\", " + scale_mode + code_mode;
 }
 
 // ---- launching ------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Declaring an op that every rank of a process group calls together.
 
-`library.define` does not fit such an op, for three reasons, and this is what it does otherwise:
+`library.define` does not fit such an op, for four reasons, and this is what it does otherwise:
 
 - A rank without tokens must take part, or its peers wait for it: the kernel never returns early because its first
   argument is empty, as `library.Op.kernel` does.
 - How many rows a rank receives depends on the tokens of all ranks, so `empty` asks the tracer for a size (an unbacked
   one) and is only ever a fake: it cannot allocate the outputs of a kernel, and there is no kernel for meta tensors.
-- The op waits for the host, so it must not stand in a CUDA graph: it carries the tag `cudagraph_unsafe`, around which
-  Inductor partitions a graph.
+- An op in which the host waits must not stand in a CUDA graph: it carries the tag `cudagraph_unsafe`, around which
+  Inductor partitions a graph. (`capturable`: one of fixed shapes, in which nobody waits.)
+- A rank that has no tokens needs no result, and its peers need it to call the op: no compiler may drop it as dead code.
 
 Ranks must run the ops of a group in the same order. In a graph, what orders two of them is that one needs the result of
 the other, as the layers of a model do; a compiler may swap two that do not, on one rank and not on another.
@@ -45,16 +46,18 @@ def define(
     empty: Callable[..., Any],
     reference: Callable[..., Any],
     implementations: Sequence[Implementation] = (),
+    capturable: bool = False,
 ) -> CollectiveOp:
-    """Declare `custom_ops::<name of public>`; the arguments are those of `library.define`."""
+    """Declare `custom_ops::<name of public>`; the other arguments are those of `library.define`."""
     name = public.__name__
     last = Implementation("reference", lambda: reference)
     op = CollectiveOp(name, public, schema, check, empty, reference, [*implementations, last])
-    tags = (*library._TAGS, torch.Tag.cudagraph_unsafe)
+    tags = (*library._TAGS, *(() if capturable else (torch.Tag.cudagraph_unsafe,)))
     library._library.define(name + schema, tags=tags)
     library._library.impl(name, op.kernel, "CPU")
     library._library.impl(name, op.kernel, "CUDA")
     torch.library.register_fake(f"{library.NAMESPACE}::{name}", op.fake, lib=library._library)
+    torch.fx.has_side_effect(op.overload)
     for function in (public, check, empty, reference):
         library._require_signature(op, function)
     library._ops[name] = op

@@ -9,11 +9,13 @@ The time-out is that of the group: `init_process_group(..., timeout=)` or `new_g
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from custom_ops.library import require
 
 # How long a rank that gave up waits for the others to say so too, before it names those that did not.
 _GRACE_SECONDS = 2.0
@@ -48,6 +50,17 @@ def size(op: str, group: str) -> int:
     return resolve(op, group).size()
 
 
+def check_shares(op: str, num_experts: int, group: str) -> None:
+    """Raise ValueError unless the ranks of a group can have as many experts each."""
+    ranks = size(op, group)
+    require(
+        num_experts % ranks == 0,
+        lambda: (
+            f"{op}: num_experts is {num_experts}; accepted: a multiple of the {ranks} ranks of group {group!r}"
+        ),
+    )
+
+
 def exchange(
     op: str,
     group: str,
@@ -65,15 +78,43 @@ def exchange(
     rank that dies meanwhile is noticed by the watchdog of NCCL and by the next exchange that waits.
     Raises ExchangeError.
     """
-    pg = resolve(op, group)
-    if sent.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op}: it waits for the host and cannot be captured in a CUDA graph; leave it out of the capture"
-        )
-    try:
-        work = torch.distributed.all_to_all_single(
+
+    def start(pg: Any) -> Any:
+        return torch.distributed.all_to_all_single(
             received, sent, list(receive_counts), list(send_counts), group=pg, async_op=True
         )
+
+    _finish(op, group, start, sent, wait)
+
+
+def gather(op: str, group: str, sent: Tensor, received: Tensor) -> None:
+    """`sent` of every rank, by rank, into `received`. The same shape on all; the host does not wait. See `exchange`."""
+
+    def start(pg: Any) -> Any:
+        dist = torch.distributed
+        # its name from 2.13 on, where the old one warns
+        gather_one = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gather_one(received, sent, group=pg, async_op=True)
+
+    _finish(op, group, start, sent, False)
+
+
+def refuse_capture(op: str) -> None:
+    """Raise RuntimeError where the current CUDA stream is being captured: what follows waits for the host."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op}: it waits for the host and cannot be captured in a CUDA graph; leave it out of the capture, or "
+            "call it once before (an op of fixed shapes waits only on its first call)"
+        )
+
+
+def _finish(op: str, group: str, start: Callable[[Any], Any], sent: Tensor, wait: bool) -> None:
+    """Start a collective, and wait for it on the host or on the stream. Raises ExchangeError."""
+    pg = resolve(op, group)
+    if wait and sent.is_cuda:
+        refuse_capture(op)
+    try:
+        work = start(pg)
         # gloo's own time-out ends its wait; NCCL's ends the process, so that this one has to come first.
         if wait and sent.is_cuda:
             seconds = _PATIENCE * timeout(pg, sent.device)
@@ -84,11 +125,17 @@ def exchange(
                 time.sleep(0)
         work.wait()
     except RuntimeError as error:
-        peers = absent(op, pg)
-        whom = f"ranks {peers}" if peers else "a rank that cannot be told"
-        raise ExchangeError(
-            f"{op}: rank {pg.rank()} of {pg.size()} (group {group!r}) got no answer from {whom}: {error}"
-        ) from error
+        raise no_answer(op, group, error) from error
+
+
+def no_answer(op: str, group: str, error: object) -> ExchangeError:
+    """The error of a rank that waited in vain: who it is, who did not say that it gave up too, and what it saw."""
+    pg = resolve(op, group)
+    peers = absent(op, pg)
+    whom = f"ranks {peers}" if peers else "a rank that cannot be told"
+    return ExchangeError(
+        f"{op}: rank {pg.rank()} of {pg.size()} (group {group!r}) got no answer from {whom}: {error}"
+    )
 
 
 def timeout(pg: Any, device: torch.device) -> float:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from custom_ops import library
-from custom_ops.gemm import cublaslt, deep_gemm, reference, scaled_mm_cublaslt
+from custom_ops.gemm import (
+    cublaslt,
+    deep_gemm,
+    flashinfer_sm90,
+    reference,
+    scaled_mm_cublaslt,
+)
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.implementation import Implementation, triton
 from custom_ops.quantization.checks import check_choice, check_device
@@ -45,7 +51,8 @@ def block_scaled_mm(
     DeepGEMM and Triton a row gives the same bits in any batch; the reference calls a BLAS, which
     promises no such thing.
 
-    Implementations: cuBLASLt (Hopper, the few shapes that DeepGEMM is slow at), DeepGEMM (Hopper; reads
+    Implementations: FlashInfer (Hopper, where the tables in `custom_ops/tables` have it as the fastest), cuBLASLt
+    (Hopper, the few shapes that DeepGEMM is slow at), DeepGEMM (Hopper; reads
     "column_major_tma" scales as they are and transposes other layouts with one more small kernel), Triton
     (any strides), reference. Raises ValueError for another dtype, shape or device.
     Source: arXiv:2412.19437, section 3.3.2.
@@ -118,6 +125,12 @@ OP = library.define(
     reference=reference.block_scaled_mm,
     implementations=(
         Implementation(
+            "flashinfer",
+            lambda: flashinfer_sm90.block_scaled_mm,
+            flashinfer_sm90.unavailable,
+            flashinfer_sm90.unsupported,
+        ),
+        Implementation(
             "cublaslt", lambda: cublaslt.block_scaled_mm, cublaslt.unavailable, cublaslt.unsupported
         ),
         Implementation(
@@ -161,8 +174,9 @@ def scaled_mm(
     dequantize-and-multiply that this op stands for sums in float32. A graph that calls `torch._scaled_mm` itself keeps
     its call, and the `use_fast_accum` that it asked for.
 
-    Implementations: cuBLASLt (`torch._scaled_mm`; `torch._int_mm` and a kernel for the scales), Triton, reference. The
-    tables in `custom_ops/tables` say which is faster where. Raises ValueError for another dtype, shape or device.
+    Implementations: cuBLASLt (`torch._scaled_mm`; `torch._int_mm` and a kernel for the scales), Triton, reference; why
+    none of FlashInfer's is among them on Hopper, `custom_ops.gemm.flashinfer_sm90` says. The tables in
+    `custom_ops/tables` say which is faster where. Raises ValueError for another dtype, shape or device.
     """
     return torch.ops.custom_ops.scaled_mm(
         a, a_scale, b, b_scale, bias, out_dtype=out_dtype, epilogue=epilogue

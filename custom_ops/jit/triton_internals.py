@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -201,13 +202,24 @@ def _stand_in(text: str) -> Any:
 
 
 def _descriptor(text: str) -> Any:
-    """The descriptor of "tensordesc<bf16[64, 128]>"."""
+    """The descriptor of "tensordesc<bf16[64, 128]>", or of Gluon's "tensordesc<bf16[64, 128],NVMMASharedLayout(...)>"."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     dtype, _, block = text.removeprefix("tensordesc<").partition("[")
-    sizes = [int(size) for size in block.partition("]")[0].split(",")]
+    block, _, layout = block.partition("]")
+    sizes = [int(size) for size in block.split(",")]
     strides = [_ALIGNMENT] * (len(sizes) - 1) + [1]
-    return TensorDescriptor(_Pointer(_DTYPES[dtype], 0), sizes, strides, sizes)
+    base = _Pointer(_DTYPES[dtype], 0)
+    if not layout.startswith(",NVMMASharedLayout"):
+        return TensorDescriptor(base, sizes, strides, sizes)
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia import hopper
+
+    numbers = dict(re.findall(r"(\w+)=(\d+)", layout))
+    names = ("swizzle_byte_width", "element_bitwidth", "rank")
+    shared = gl.NVMMASharedLayout(*(int(numbers[name]) for name in names))
+    pitched = [_ALIGNMENT] * (len(sizes) - 1) + [1]
+    return hopper.TensorDescriptor(base, sizes, pitched, sizes, shared)
 
 
 def _options(function: JITFunction[Any], launch: Launch) -> dict[str, Any]:
@@ -233,7 +245,12 @@ def _source(launch: Launch, arch: str) -> tuple[ASTSource, Any]:
     parsed, signature, constants, attributes = function._pack_args(
         backend, options, bound, specialization, rest
     )
-    return ASTSource(function, signature, constants, attributes), parsed
+    kind = ASTSource
+    if type(function) is not JITFunction:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    return kind(function, signature, constants, attributes), parsed
 
 
 # --- compiling and loading -----------------------------------------------------------------------------------

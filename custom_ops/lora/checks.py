@@ -141,6 +141,28 @@ def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             check_shape(op, name, tensor, shape, words)
 
 
+def check_adapter(op: str, x: Tensor, columns: int, a: Tensor, b: Tensor) -> None:
+    """a [rank, H] and b [columns, rank] of one adapter, both of the dtype of x or both float32."""
+    for name, tensor in (("a", a), ("b", b)):
+        check_choice(op, f"{name}.dtype", tensor.dtype, (x.dtype, torch.float32))
+        check_choice(op, f"{name}.dtype", tensor.dtype, (a.dtype,))
+        check_device(op, name, tensor, "x", x)
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: {name} has {tensor.dim()} dimensions; accepted: 2")
+    require(
+        not known(a.shape[1] != x.shape[-1]),
+        lambda: f"{op}: a.shape is {tuple(a.shape)}; accepted: [rank, H] with the H of x",
+    )
+    require(
+        not known(b.shape[0] != columns) and not known(b.shape[1] != a.shape[0]),
+        lambda: (
+            f"{op}: b.shape is {tuple(b.shape)}; accepted: [{columns}, {a.shape[0]}], "
+            "the columns of the base and the rank of a"
+        ),
+    )
+    check_rank(op, "a", a.shape[0])
+
+
 def check_base(
     op: str, base: Tensor, like: Sequence[int], columns: int, dtype: torch.dtype
 ) -> None:

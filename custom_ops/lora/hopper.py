@@ -94,7 +94,8 @@ def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Seque
     if tokens <= MAX_DECODE_TOKENS and rank <= MAX_DECODE_RANK and slices_fit:
         among += ways.DECODES
     if single:
-        among.append("fused")
+        if rank <= ways.MAX_FUSED_RANK:
+            among.append("fused")
         if a[0].dtype == weight.dtype:
             among.append("prefill")
     columns, channels = weight.shape
@@ -160,6 +161,60 @@ def load_single() -> Any:
                 *(rows, weight, bias, None, y, b, *none, scaling, *none, each, *tile_of(way))
             )
             return out.view(shape)
+
+    return run
+
+
+def unsupported_together(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> str | None:
+    """The same of lora_linears_single: every one of its layers is done here, or none."""
+    layers = enumerate(zip(weights, a, b, strict=True))
+    reasons = (
+        (index, _unsupported("single", x, weight, (of_a,), (of_b,)))
+        for index, (weight, of_a, of_b) in layers
+    )
+    return next((f"layer {index}: {reason}" for index, reason in reasons if reason), None)
+
+
+def load_together() -> Any:
+    """`custom_ops.lora_linears_single`: those of many tokens share a shrink, those of few have one of their own."""
+    from custom_ops.lora.linear import shrink_tile, shrink_together
+
+    single, prefill = load_single(), _op("lora_prefill")
+
+    def run(
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scalings: Sequence[float],
+    ) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        tokens = rows.shape[0]
+        layers = list(zip(weights, biases, a, b, scalings, strict=True))
+        taken = [way_of("single", tokens, w, (of_a,), (of_b,)) for w, _, of_a, of_b, _ in layers]
+        many = [index for index, way in enumerate(taken) if way == "prefill"]
+        outs: dict[int, Tensor] = {
+            index: single(x, *layers[index], way=way)
+            for index, way in enumerate(taken)
+            if index not in many
+        }
+        if many:
+            tile = shrink_tile(tokens, False, whole=tokens < SPLIT_TOKENS)
+            with on_device(x):
+                shrunk = shrink_together(rows, [a[index] for index in many], tile, True, x.dtype)
+                for index, y in zip(many, shrunk, strict=True):
+                    weight, bias, _, of_b, scaling = layers[index]
+                    out = prefill(rows, weight, bias, y[0, 0], of_b, scaling, True)
+                    outs[index] = out.view(*x.shape[:-1], weight.shape[0])
+        return [outs[index] for index in range(len(layers))]
 
     return run
 

@@ -89,12 +89,13 @@ def shrink(
     tile: ShrinkTile,
     dependent: bool = False,
     dtype: torch.dtype = torch.float32,
+    share: int = 1,
 ) -> Tensor:
     """Partial sums [splits, slices, T, R] of x [T, H] by a, each [slots, R, H], or [R, H] without tokens.
 
-    dtype: of the sums, each rounded to it.
+    dtype: of the sums, each rounded to it. share: tokens, one after the other, that are one row of x [T / share, H].
     """
-    y, run = prepare_shrink(x, a, tokens, tile, dependent, dtype)
+    y, run = prepare_shrink(x, a, tokens, tile, dependent, dtype, share)
     run()
     return y
 
@@ -106,9 +107,10 @@ def prepare_shrink(
     tile: ShrinkTile,
     dependent: bool = False,
     dtype: torch.dtype = torch.float32,
+    share: int = 1,
 ) -> tuple[Tensor, Callable[[], object]]:
     """What `shrink` returns, not yet written, and the launch that writes it: on whichever stream is current then."""
-    count, channels = x.shape
+    count, channels = x.shape[0] * share, x.shape[1]
     rank = a[0].shape[-2]
     step = triton.cdiv(triton.cdiv(channels, tile.splits), tile.k) * tile.k
     splits = triton.cdiv(channels, step)
@@ -135,6 +137,7 @@ def prepare_shrink(
         BLOCK_R=block_r,
         BLOCK_K=tile.k,
         EVEN_K=channels % tile.k == 0,
+        SHARE=share,
         BATCHED=tokens is not None,
         DEPENDENT=dependent,
         num_warps=tile.warps,
@@ -175,7 +178,7 @@ def expand(
     each: bool = False,
     dependent: bool = False,
 ) -> Tensor:
-    """Writes base + scaling * y @ b.T to out [T, N], contiguous. y: as `shrink` returns it.
+    """Writes base + scaling * y @ b.T to out [T, N], contiguous. y: as `shrink` returns it, or some slices of it.
 
     base: [T, N] of out's dtype and any row pitch, perhaps out itself; or None.
     """
@@ -199,6 +202,7 @@ def expand(
         count,
         columns,
         rank,
+        y.stride(0),
         0 if base is None else base.stride(-2),
         tuple(each_b.stride(-2) for each_b in b),
         tuple(each_b.stride(0) if tokens else 0 for each_b in b),
@@ -232,7 +236,7 @@ def linear(
     each: bool = False,
     dependent: bool = False,
 ) -> Tensor:
-    """x @ weight.T + bias + scaling * y @ b.T for one adapter, in one kernel. y: as `shrink` returns it."""
+    """x @ weight.T + bias + scaling * y @ b.T for one adapter, in one kernel. y: one slice of what `shrink` returns."""
     (count, channels), columns = x.shape, weight.shape[0]
     out = torch.empty((count, columns), dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(count, tile.m) * triton.cdiv(columns, tile.n)
@@ -251,6 +255,7 @@ def linear(
         columns,
         channels,
         rank,
+        y.stride(0),
         b.stride(0),
         ROW_TILES=ROW_TILES,
         SPLITS=y.shape[0],

@@ -134,10 +134,7 @@ def lora_linear_single(
     rows, a, b = as_rows(x), as_rows(a), as_rows(b)
     each = a.dtype == x.dtype
     if way is None:
-        kind = "single" if each else "single float32"
-        among = ("apart", "beside", *(["fused"] if fusible(rows, weight) else []))
-        columns, channels = weight.shape
-        way = ways.best(kind, rows.shape[0], columns, channels, a.shape[0], among)
+        way = single_way(rows, weight, b, each)
     with on_device(x):
         if way == "fused":
             tile = shrink_tile(rows.shape[0], False)
@@ -148,6 +145,79 @@ def lora_linear_single(
         else:
             out = _apart(rows, weight, bias, (a,), (b,), scaling, None, each, way == "beside")
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linears_single(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """As `custom_ops.lora_linears_single`: one shrink for the adapters of one rank, then layer by layer."""
+    rows, a, b = as_rows(x), [as_rows(each) for each in a], [as_rows(each) for each in b]
+    count, each = rows.shape[0], a[0].dtype == x.dtype
+    outs = []
+    with on_device(x):
+        parts = shrink_together(rows, a, shrink_tile(count, False), chained(x))
+        for weight, bias, y, matrix, scaling in zip(
+            weights, biases, parts, b, scalings, strict=True
+        ):
+            if single_way(rows, weight, matrix, each) == "fused":
+                out = launch.linear(
+                    rows,
+                    weight,
+                    bias,
+                    y,
+                    matrix,
+                    scaling,
+                    FUSED_TILE,
+                    each=each,
+                    dependent=chained(x),
+                )
+            else:
+                out = torch.nn.functional.linear(rows, weight, bias)
+                tile = expand_tile(count, False)
+                launch.expand(y, (matrix,), out, scaling, None, out, tile, each=each)
+            outs.append(out.view(*x.shape[:-1], weight.shape[0]))
+    return outs
+
+
+def shrink_together(
+    x: Tensor,
+    a: Sequence[Tensor],
+    tile: ShrinkTile,
+    dependent: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Of each of several adapters y [splits, 1, T, rank]: one kernel for those of one rank and pitch.
+
+    dtype: the sums rounded to it, without splits; None for float32, as `launch.shrink` returns them.
+    """
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, each in enumerate(a):
+        alike.setdefault((each.shape[0], each.stride(0)), []).append(index)
+    parts: dict[int, Tensor] = {}
+    for indices in alike.values():
+        here = [a[index] for index in indices]
+        if dtype is None:
+            y = launch.shrink(x, here, None, tile, dependent)
+        else:
+            sums = dtype if tile.splits == 1 else torch.float32
+            y = launch.shrink(x, here, None, tile, dependent, sums)
+            y = launch.round_sums(y, dtype, dependent)[None]
+        parts |= {index: y[:, at : at + 1] for at, index in enumerate(indices)}
+    return [parts[index] for index in range(len(a))]
+
+
+def single_way(x: Tensor, weight: Tensor, b: Tensor, each: bool) -> str:
+    """What the table has for one adapter of b's rank, among the ways of Triton."""
+    kind = "single" if each else "single float32"
+    columns, channels, rank = *weight.shape, b.shape[1]
+    fused = rank <= ways.MAX_FUSED_RANK and fusible(x, weight)
+    among = ("apart", "beside", *(["fused"] if fused else []))
+    return ways.best(kind, x.shape[0], columns, channels, rank, among)
 
 
 def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

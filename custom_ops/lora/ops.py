@@ -12,11 +12,11 @@ from custom_ops.implementation import Implementation, triton
 from custom_ops.library import require
 from custom_ops.lora import hopper, reference
 from custom_ops.lora.checks import (
+    check_adapter,
     check_base,
     check_batch,
     check_expand_weights,
     check_linear,
-    check_rank,
     check_shrink_weights,
     check_slices,
     tokens_of,
@@ -360,28 +360,7 @@ def _check_linear_single(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> None:
     check_linear("lora_linear_single", x, weight, bias)
-    _check_adapter("lora_linear_single", x, weight.shape[0], a, b)
-
-
-def _check_adapter(op: str, x: Tensor, columns: int, a: Tensor, b: Tensor) -> None:
-    for name, tensor in (("a", a), ("b", b)):
-        check_choice(op, f"{name}.dtype", tensor.dtype, (x.dtype, torch.float32))
-        check_choice(op, f"{name}.dtype", tensor.dtype, (a.dtype,))
-        check_device(op, name, tensor, "x", x)
-        if tensor.dim() != 2:
-            raise ValueError(f"{op}: {name} has {tensor.dim()} dimensions; accepted: 2")
-    require(
-        not known(a.shape[1] != x.shape[-1]),
-        lambda: f"{op}: a.shape is {tuple(a.shape)}; accepted: [rank, H] with the H of x",
-    )
-    require(
-        not known(b.shape[0] != columns) and not known(b.shape[1] != a.shape[0]),
-        lambda: (
-            f"{op}: b.shape is {tuple(b.shape)}; accepted: [{columns}, {a.shape[0]}], "
-            "the columns of the base and the rank of a"
-        ),
-    )
-    check_rank(op, "a", a.shape[0])
+    check_adapter("lora_linear_single", x, weight.shape[0], a, b)
 
 
 def _empty_linear_single(
@@ -420,7 +399,7 @@ def _check_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: fl
     if base.dim() != x.dim():
         raise ValueError(f"{op}: base has {base.dim()} dimensions; accepted: {x.dim()}, as x")
     check_base(op, base, x.shape[:-1], base.shape[-1], x.dtype)
-    _check_adapter(op, x, base.shape[-1], a, b)
+    check_adapter(op, x, base.shape[-1], a, b)
 
 
 def _empty_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -105,6 +105,19 @@ def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: floa
     return to_contiguous((base + delta).to(base.dtype))
 
 
+def lora_linears_single(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:
+    """`custom_ops.lora_linears_single`."""
+    layers = zip(weights, biases, a, b, scalings, strict=True)
+    return [lora_linear_single(x, *layer) for layer in layers]
+
+
 def lora_linear_single(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:

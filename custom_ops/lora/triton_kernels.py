@@ -111,11 +111,13 @@ def _shrink_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """The product of some tokens with some rows of A over channels k_from to k_to."""
     r = first_rank + tl.arange(0, BLOCK_R)
     k = k_from + tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + token[:, None] * x_row + k[None, :]
+    row = token if SHARE == 1 else token // SHARE
+    x_ptrs = x_ptr + row[:, None] * x_row + k[None, :]
     a_ptrs = a_ptr + r.to(tl.int64)[None, :] * a_row + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if first_rank < rank:
@@ -157,10 +159,11 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SHARE: tl.constexpr,
     BATCHED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """y[split, slice, token] = x[token, channels of the split] @ A[slice, slot of the token].T
+    """y[split, slice, token] = x[token // SHARE, channels of the split] @ A[slice, slot of the token].T
 
     Programs: (tile, split), block of ranks, slice.
     """
@@ -198,6 +201,7 @@ def shrink_kernel(
                     BLOCK_R,
                     BLOCK_K,
                     EVEN_K,
+                    SHARE,
                 )
 
 
@@ -287,6 +291,7 @@ def expand_kernel(
     T,
     N,
     R,
+    y_split,
     base_row,
     b_rows,
     b_slots,
@@ -341,7 +346,7 @@ def expand_kernel(
                 rank,
                 R,
                 b_rows[index],
-                tl.cast(SLICES * R, tl.int64) * T,
+                tl.cast(y_split, tl.int64),
                 dtype,
                 SPLITS,
                 ROUND,

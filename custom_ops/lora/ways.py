@@ -11,8 +11,9 @@
 A decode tile is C columns by one of up to B parts of the channels.
 
 `custom_ops/tables/lora_sm_90.json` has a row for each kind of call, size, rank and number of tokens that was measured,
-with the microseconds of each way. A size that was not measured takes the nearest, by the ratios of N, K and rank, and
-there the least number of tokens that is not below its own (or the largest). Where nothing was measured: apart.
+with the microseconds of each way. A size that was not measured takes the nearest, by the ratios of N, K, rank and
+tokens: of a size the least number of tokens that is not below its own, or the largest. Where nothing was measured:
+apart.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from typing import Any
 
 DECODES = ("decode 64x2", "decode 64x4", "decode 128x2", "decode 128x4")
 WAYS = (*DECODES, "prefill", "fused", "apart", "beside")
+MAX_FUSED_RANK = (
+    64  # above it the tiles of y and B, which its loop over the rank would prefetch, find no room
+)
 KINDS = ("single", "single float32", "batch")
 
 
@@ -45,16 +49,20 @@ def ranked(kind: str, tokens: int, columns: int, channels: int, rank: int) -> tu
     if not rows:
         return ()
 
-    def distance(row: dict[str, Any]) -> float:
-        return sum(
-            abs(math.log(max(have, 1) / row[name]))
-            for name, have in (("n", columns), ("k", channels), ("rank", rank))
-        )
+    def apart(row: dict[str, Any], **sizes: int) -> float:
+        return sum(abs(math.log(max(have, 1) / row[name])) for name, have in sizes.items())
 
-    nearest = min(map(distance, rows))
-    here = [row for row in rows if distance(row) == nearest]
-    above = [row for row in here if row["m"] >= tokens]
-    row = min(above, key=lambda r: r["m"]) if above else max(here, key=lambda r: r["m"])
+    taken: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda r: -r["m"]):
+        size = row["n"], row["k"], row["rank"]
+        if size not in taken or row["m"] >= tokens:
+            taken[size] = row
+
+    def distance(row: dict[str, Any]) -> tuple[float, float]:
+        size = apart(row, n=columns, k=channels, rank=rank)
+        return round(size + apart(row, m=tokens), 6), size
+
+    row = min(taken.values(), key=distance)
     return tuple(sorted(row["us"], key=lambda way: row["us"][way]))
 
 

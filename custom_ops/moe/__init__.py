@@ -1,12 +1,14 @@
 """Mixture of experts: routing, pairs of tokens and experts in order, and the whole block as one op."""
 
 from custom_ops.moe.align import moe_align_block_size, padded_rows
+from custom_ops.moe.batched import fused_moe_batched
 from custom_ops.moe.ops import fused_moe
 from custom_ops.moe.permute import moe_permute, moe_permute_group_quant, moe_reduce, moe_unpermute
 from custom_ops.moe.routing import grouped_topk, topk_sigmoid, topk_softmax
 
 __all__ = [
     "fused_moe",
+    "fused_moe_batched",
     "grouped_topk",
     "moe_align_block_size",
     "moe_permute",

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from custom_ops import platform, tables
 from custom_ops.implementation import Implementation
-from custom_ops.moe import experts_deep_gemm, experts_grouped_mm, experts_triton, parts
+from custom_ops.moe import (
+    experts_deep_gemm,
+    experts_flashinfer,
+    experts_grouped_mm,
+    experts_triton,
+    parts,
+)
 from custom_ops.moe.finalize import FINALIZES
 from custom_ops.moe.parts import CHUNK_VARIABLE, Experts, Pipeline
 from custom_ops.moe.prepare import PREPARES
@@ -29,6 +35,7 @@ EXPERTS: tuple[Experts, ...] = (
     *experts_triton.EXPERTS,
     *experts_deep_gemm.EXPERTS,
     *experts_grouped_mm.EXPERTS,
+    *experts_flashinfer.EXPERTS,
 )
 FAMILIES = tuple(dict.fromkeys(experts.family for experts in EXPERTS))
 TABLE = "fused_moe"
@@ -131,6 +138,7 @@ def _decided(problem: Problem) -> tuple[Pipeline | None, dict[str, str]]:
         problem.activation,
         tuple((w.dtype, w.stride(), w.storage_offset() % 16) for w in weights),
         problem.expert_map is None or problem.expert_map.shape[0],
+        problem.hidden_scale is None,
         os.environ.get("CUSTOM_OPS_DISABLE", ""),
         os.environ.get(CHUNK_VARIABLE, ""),
     )

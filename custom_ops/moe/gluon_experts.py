@@ -5,7 +5,9 @@ What `triton_experts` says of rows, rounding and layout holds here, to the bit; 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -152,8 +154,9 @@ def _launch(
     shared = gl.NVMMASharedLayout(128, 8 * weight.element_size(), 2)
     w = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [HALF.value, block_k], shared)
     most = aligned.block_experts.shape[0] * column_tiles
-    with on_device(out):
-        grouped[(min(_multiprocessors(out.device), most),)](
+    grid = (min(_multiprocessors(out.device), most),)
+    with on_device(out), _named():
+        grouped[grid](
             a, a_row, a_scale, w, w_scale, out, out_scale,
             aligned.sorted_ids, aligned.block_experts, aligned.num_padded,
             pairs, top_k, column_tiles, columns, second, outputs, width, channels,
@@ -162,6 +165,19 @@ def _launch(
             CODE_MAX=code_max(torch.float8_e4m3fn), BLOCK_K=block_k, SCALED=w_scale is not None,
             num_warps=WARPS, **constants,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A launch that a warm-up cannot write down, as it is of a language that Triton still changes, it says so."""
+    from custom_ops.jit import tracing
+
+    try:
+        yield
+    except ValueError as error:
+        if (trace := tracing.current()) is None:
+            raise
+        trace.uncovered(f"Gluon's kernels: {error}"[:200])
 
 
 @functools.cache

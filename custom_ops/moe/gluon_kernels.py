@@ -68,10 +68,12 @@ def _gather(
     a, a_row, ids_ptr, padded_ptr, a_0, a_1, full, empty, pairs, top_k, column_tiles, K,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, VECTOR: gl.constexpr,
 ):  # fmt: skip
-    """What the gathering warps do: the rows of the tokens of pairs to each stage, reported one step later.
+    """What the gathering warps do: the rows of the tokens of pairs to each stage, reported LATER steps later.
 
-    The copies of a step have the time of the next to arrive before they are fenced for the matrix units.
+    The copies of a step have the time of the next ones to arrive before they are fenced for the matrix units. With
+    fewer than STAGES steps under way, the step that is waited for, STAGES earlier, has been reported.
     """
+    LATER: gl.constexpr = 2 if STAGES > 2 else 1
     layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [4, 1], [1, 0])
     blocks = gl.load(padded_ptr) // BLOCK_M
     step = 0
@@ -97,17 +99,18 @@ def _gather(
             async_copy.async_copy_global_to_shared(a_0.index(stage), ptrs_0, mask=here_0)
             async_copy.async_copy_global_to_shared(a_1.index(stage), ptrs_1, mask=here_1)
             async_copy.commit_group()
-            async_copy.wait_group(1)
+            async_copy.wait_group(LATER)
             fence_async_shared()
-            if step > 0:
-                mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), count=1)
+            if step >= LATER:
+                mbarrier.arrive(full.index((step + STAGES - LATER) % STAGES), count=1)
             ptrs_0 += BLOCK_K
             ptrs_1 += BLOCK_K
             step += 1
     async_copy.wait_group(0)
     fence_async_shared()
-    if step > 0:
-        mbarrier.arrive(full.index((step + STAGES - 1) % STAGES), count=1)
+    for left in gl.static_range(LATER):  # the oldest first
+        if step + left >= LATER:
+            mbarrier.arrive(full.index((step + STAGES - LATER + left) % STAGES), count=1)
 
 
 @gluon.jit
@@ -338,7 +341,7 @@ def grouped(
                 ),
             ],
             [4, 1, 4],
-            [200, 40, 72],
+            [216, 24, 56],
         )  # fmt: skip
     else:
         gl.warp_specialize(

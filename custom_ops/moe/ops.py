@@ -42,6 +42,8 @@ def fused_moe(
     min_amax: float = 1e-10,
     scale_mode: str = "divide",
     code_mode: str = "divide",
+    hidden_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """A mixture of experts: each token through its top_k experts, weighted and added up.
 
@@ -67,12 +69,17 @@ def fused_moe(
     and the products are those of `block_scaled_mm`, which does not round the dequantized operands. int8: activations
     are not quantized, and a product is T(sum * scale of the channel), in float32 up to T.
 
+    hidden_scale: None, or hidden_states are quantized already, as `group_quant(..., 128)` does: float8_e4m3fn codes
+    with one float32 scale per 128 channels, [T, ceil(H / 128)], for float8 weights; T above is then out_dtype, bfloat16
+    or float16, which says nothing otherwise. The bits are those of quantizing here.
+
     This is the arithmetic of transformers' experts. Order and precision of the sums within a product are the
     implementation's. Nothing waits for the device, except in the reference, which reads how many tokens an expert
     has: so the op can be captured in a CUDA graph. More tokens than CUSTOM_OPS_MOE_CHUNK_TOKENS are taken in chunks of
     that many, so that what a call allocates is bounded.
 
-    Implementations: Triton, DeepGEMM (Hopper; bfloat16 and float8), `torch._grouped_mm` (bfloat16), reference; the
+    Implementations: Triton, DeepGEMM (Hopper; bfloat16 and float8), `torch._grouped_mm` (bfloat16), FlashInfer (Hopper;
+    chosen by no table until it has been measured), reference; the
     tables in `custom_ops/tables` say which is fastest where, and `custom_ops.moe.parts` what they are made of. Raises
     ValueError for another dtype, shape, device or value. Source: arXiv:2101.03961, arXiv:2412.19437.
     """
@@ -94,6 +101,8 @@ def fused_moe(
         min_amax=min_amax,
         scale_mode=scale_mode,
         code_mode=code_mode,
+        hidden_scale=hidden_scale,
+        out_dtype=out_dtype,
     )
 
 
@@ -116,11 +125,19 @@ def _check(
     min_amax: float,
     scale_mode: str,
     code_mode: str,
+    hidden_scale: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> None:
     activations.check(_OP, activation, interleaved, alpha, limit)
-    check_choice(_OP, "hidden_states.dtype", hidden_states.dtype, ACTIVATION_DTYPES)
-    dtype = hidden_states.dtype
-    check_choice(_OP, "gate_up.dtype", gate_up.dtype, (dtype, FP8, torch.int8))
+    if hidden_scale is None:
+        check_choice(_OP, "hidden_states.dtype", hidden_states.dtype, ACTIVATION_DTYPES)
+        dtype = hidden_states.dtype
+        check_choice(_OP, "gate_up.dtype", gate_up.dtype, (dtype, FP8, torch.int8))
+    else:
+        check_choice(_OP, "out_dtype", out_dtype, ACTIVATION_DTYPES)
+        dtype = out_dtype
+        for name, tensor in (("hidden_states", hidden_states), ("gate_up", gate_up)):
+            check_choice(_OP, f"{name}.dtype with hidden_scale", tensor.dtype, (FP8,))
     check_choice(_OP, "down.dtype", down.dtype, (gate_up.dtype,))
     _check_dims("hidden_states", hidden_states, "[num_tokens, hidden_size]")
     _check_dims("gate_up", gate_up, "[num_experts, 2 * intermediate_size, hidden_size]")
@@ -165,6 +182,9 @@ def _check(
             check_choice(_OP, f"{name}.dtype", scale.dtype, (torch.float32,))
             blocks = (-(-n // BLOCK), -(-k // BLOCK)) if gate_up.dtype == FP8 else (n,)
             _check_tensor(name, scale, (experts, *blocks), hidden_states)
+    if hidden_scale is not None:
+        check_choice(_OP, "hidden_scale.dtype", hidden_scale.dtype, (torch.float32,))
+        _check_tensor("hidden_scale", hidden_scale, (tokens, -(-hidden // BLOCK)), hidden_states)
     if expert_map is not None:
         check_choice(_OP, "expert_map.dtype", expert_map.dtype, (torch.int32,))
         _check_dims("expert_map", expert_map, "[num_global_experts]")
@@ -209,8 +229,11 @@ def _empty(
     min_amax: float,
     scale_mode: str,
     code_mode: str,
+    hidden_scale: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+    dtype = hidden_states.dtype if hidden_scale is None else out_dtype
+    return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
 
 
 FUSED_MOE = library.define(
@@ -219,7 +242,8 @@ FUSED_MOE = library.define(
     "str activation='silu_mul', bool interleaved=False, float alpha=1.702, float limit=7.0, "
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? gate_up_scale=None, "
     "Tensor? down_scale=None, Tensor? expert_map=None, float min_amax=1e-10, "
-    "str scale_mode='divide', str code_mode='divide') -> Tensor",
+    "str scale_mode='divide', str code_mode='divide', Tensor? hidden_scale=None, "
+    "ScalarType out_dtype=bfloat16) -> Tensor",
     check=_check,
     empty=_empty,
     reference=reference.fused_moe,

@@ -33,6 +33,8 @@ INPUT_FORMATS = ("tokens", "indexed", "contiguous", "batched")
 OUTPUT_FORMATS = ("pairs", "contiguous", "batched", "reduced")
 QUANTIZATIONS = (None, "fp8_group")
 WEIGHTS = ("16_bit", "fp8_block", "int8_channel")
+EXCHANGES = (None, "high_throughput", "low_latency")
+GATE_UP = ("gate_first", "up_first")
 
 CHUNK_VARIABLE = "CUSTOM_OPS_MOE_CHUNK_TOKENS"
 DEFAULT_CHUNK_TOKENS = 16384
@@ -46,7 +48,8 @@ class ExpertTokensMetadata:
     whoever made the batch knows them anyway; None otherwise. row_of_pair: int32 [num_tokens * top_k], the row of a pair
     in the flattened rows, -1 where its expert is elsewhere. row_experts: int32 [rows], the expert of a row, -1 for
     padding. offsets: int32 [num_experts + 1], the first row of each expert and their end. aligned: the index of the
-    experts in Triton.
+    experts in Triton. received: the problem that the experts here have where tokens came from other ranks, None where
+    they stayed; handle: what returns the results to them.
     """
 
     counts: Tensor | None = None
@@ -55,6 +58,8 @@ class ExpertTokensMetadata:
     row_experts: Tensor | None = None
     offsets: Tensor | None = None
     aligned: Any = None
+    received: Problem | None = None
+    handle: tuple[Tensor, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -80,7 +85,7 @@ class Prepare:
     run(problem, experts) -> Prepared. activation_format, quantization: what it makes. applies_topk_weights: whether
     it multiplies the tokens by them. workspace: bytes that it allocates, from the sizes and the bytes of an element of
     hidden_states. chunkable: whether it may see some of the tokens at a time. unsupported: why it cannot take a
-    problem.
+    problem. exchange: how it sends tokens to the ranks of their experts, one of EXCHANGES.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Prepare:
     workspace: Callable[[Sizes, int], int] = _nothing
     chunkable: bool = True
     unsupported: Callable[[Problem], str | None] = _anything
+    exchange: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ class Experts:
     """The two grouped products and what is between them.
 
     run(problem, prepared) -> Tensor in output_format. family: the implementation of `fused_moe` that it belongs to.
-    activation_format, quantization: what it takes. weights: of which it can read, one of WEIGHTS. align: a multiple of
+    activation_format, quantization: what it takes. weights: of which it can read, one of WEIGHTS. gate_up: the order of
+    the halves of gate_up that it reads; "up_first" has to keep them once more. align: a multiple of
     what rows each expert has in a contiguous format, or the block size of the index, from the problem.
     unavailable(device): why it cannot run there. The others: see Prepare.
     """
@@ -110,6 +117,7 @@ class Experts:
     output_format: str
     weights: str = "16_bit"
     quantization: str | None = None
+    gate_up: str = "gate_first"
     align: Callable[[Problem], int] = lambda problem: 1
     applies_topk_weights: bool = False
     workspace: Callable[[Sizes, int], int] = _nothing
@@ -122,7 +130,8 @@ class Experts:
 class Finalize:
     """Brings the results of experts back to tokens: run(problem, results, metadata) -> [num_tokens, hidden_size].
 
-    activation_format: what it takes. applies_topk_weights: whether it multiplies by them. The others: see Prepare.
+    activation_format: what it takes. applies_topk_weights: whether it multiplies by them. exchange: how it returns
+    results to the ranks of their tokens. The others: see Prepare.
     """
 
     name: str
@@ -131,6 +140,7 @@ class Finalize:
     applies_topk_weights: bool = True
     workspace: Callable[[Sizes, int], int] = _nothing
     chunkable: bool = True
+    exchange: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,8 @@ class Pipeline:
         """Why it cannot take a problem, or None. Symbolic sizes must be known to fit."""
         if problem.weights != self.experts.weights:
             return f"{self.experts.name} reads weights of {self.experts.weights}, not {problem.weights}"
+        if problem.hidden_scale is not None and self.prepare.quantization is None:
+            return f"Prepare {self.prepare.name} takes tokens in 16 bits, these are quantized"
         tokens = problem.sizes.num_tokens
         if not self.chunkable and not (isinstance(tokens, int) and tokens <= chunk_tokens()):
             return f"{self.name} cannot be chunked ({CHUNK_VARIABLE} is {chunk_tokens()})"
@@ -166,16 +178,23 @@ class Pipeline:
     def __call__(self, problem: Problem) -> Tensor:
         """The result, in as many chunks of tokens as CUSTOM_OPS_MOE_CHUNK_TOKENS asks for."""
         tokens = problem.sizes.num_tokens
-        if tokens <= chunk_tokens():
+        if not self.chunkable or tokens <= chunk_tokens():
             return self.once(problem)
-        out = torch.empty_like(problem.hidden_states, memory_format=torch.contiguous_format)
+        hidden_states = problem.hidden_states
+        out = hidden_states.new_empty(hidden_states.shape, dtype=problem.dtype)
         for start, stop in chunks(tokens, chunk_tokens()):
             out[start:stop] = self.once(problem.of_tokens(start, stop))
         return out
 
     def once(self, problem: Problem) -> Tensor:
         prepared = self.prepare.run(problem, self.experts)
-        results = self.experts.run(problem, prepared)
+        received = prepared.metadata.received
+        if received is None:
+            results = self.experts.run(problem, prepared)
+        elif received.hidden_states.shape[0]:
+            results = self.experts.run(received, prepared)
+        else:  # not a token for the experts here
+            results = prepared.x
         return self.finalize.run(problem, results, prepared.metadata)
 
 
@@ -195,6 +214,11 @@ def misfit(prepare: Prepare, experts: Experts, finalize: Finalize) -> str | None
         return (
             f"Experts {experts.name!r} return the format {experts.output_format!r}, Finalize "
             f"{finalize.name!r} takes {finalize.activation_format!r}"
+        )
+    if prepare.exchange != finalize.exchange:
+        return (
+            f"around Experts {experts.name!r}, Prepare {prepare.name!r} has the exchange {prepare.exchange!r}, "
+            f"Finalize {finalize.name!r} {finalize.exchange!r}"
         )
     appliers = [part for part in (prepare, experts, finalize) if part.applies_topk_weights]
     if len(appliers) > 1:

@@ -10,7 +10,7 @@ from custom_ops.moe.parts import Experts, ExpertTokensMetadata, Prepare, Prepare
 from custom_ops.moe.problem import Problem, Sizes
 from custom_ops.moe.reference import local_experts
 from custom_ops.moe.tiles import Aligned
-from custom_ops.scales import known, pitch_of, quant_spec
+from custom_ops.scales import empty_scale, known, pitch_of, quant_spec
 
 _INT, _FLOAT = 4, 4
 
@@ -25,6 +25,8 @@ def _index(problem: Problem, experts: Experts) -> Prepared:
 
 def _index_quantized(problem: Problem, experts: Experts) -> Prepared:
     """Each token is quantized once, whatever the number of its experts; the last group may be cut."""
+    if problem.hidden_scale is not None:
+        return Prepared(problem.hidden_states, problem.hidden_scale, _aligned(problem, experts))
     x, width = problem.hidden_states, problem.sizes.hidden_size
     if width % BLOCK:
         x = torch.nn.functional.pad(x, (0, -width % BLOCK))
@@ -55,6 +57,8 @@ def _permute(problem: Problem, experts: Experts) -> Prepared:
 
 
 def _permute_quantized(problem: Problem, experts: Experts) -> Prepared:
+    if problem.hidden_scale is not None:
+        return _permute_codes(problem, problem.hidden_scale, experts)
     codes, scale, row_of_pair, row_experts, offsets = torch.ops.custom_ops.moe_permute_group_quant(
         problem.hidden_states,
         problem.topk_ids,
@@ -71,6 +75,28 @@ def _permute_quantized(problem: Problem, experts: Experts) -> Prepared:
     return Prepared(codes, scale, metadata)
 
 
+def _permute_codes(problem: Problem, scale: Tensor, experts: Experts) -> Prepared:
+    """Tokens that are quantized: two codes are 16 bits to an op that only moves them."""
+    sizes = problem.sizes
+    words, row_of_pair, row_experts, offsets = torch.ops.custom_ops.moe_permute(
+        problem.hidden_states.contiguous().view(torch.bfloat16),
+        problem.topk_ids,
+        sizes.num_experts,
+        align=experts.align(problem),
+        expert_map=problem.expert_map,
+    )
+    codes = words.view(problem.hidden_states.dtype)
+    scales = empty_scale(codes.shape[:1], scale.shape[1], "column_major_tma", codes.device)
+    # with one row past the end for pairs that are elsewhere
+    rows = scale.new_empty(len(codes) + 1, scale.shape[1])
+    targets = torch.where(row_of_pair < 0, len(codes), row_of_pair).long()
+    rows.index_copy_(0, targets, scale.repeat_interleave(sizes.top_k, 0))
+    metadata = ExpertTokensMetadata(
+        row_of_pair=row_of_pair, row_experts=row_experts, offsets=offsets
+    )
+    return Prepared(codes, scales.copy_(rows[:-1]), metadata)
+
+
 def _batch(problem: Problem, experts: Experts) -> Prepared:
     targets, metadata = _places(problem)
     return Prepared(_scatter(problem, problem.hidden_states, targets), None, metadata)
@@ -79,9 +105,9 @@ def _batch(problem: Problem, experts: Experts) -> Prepared:
 def _batch_quantized(problem: Problem, experts: Experts) -> Prepared:
     """Codes, and scales in the layout of each expert on its own that DeepGEMM reads."""
     targets, metadata = _places(problem)
-    codes, scale = torch.ops.custom_ops.group_quant(
-        problem.hidden_states, BLOCK, **problem.quantization
-    )
+    codes, scale = problem.hidden_states, problem.hidden_scale
+    if scale is None:
+        codes, scale = torch.ops.custom_ops.group_quant(codes, BLOCK, **problem.quantization)
     batch = _scatter(problem, codes.view(torch.uint8), targets).view(codes.dtype)
     spec = quant_spec(codes.dtype, (1, BLOCK), "float32", "column_major_tma")
     _, scales = spec.empty_of_experts(batch.shape, batch.device)

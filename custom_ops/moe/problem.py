@@ -62,6 +62,8 @@ class Problem:
     min_amax: float = 1e-10
     scale_mode: str = "divide"
     code_mode: str = "divide"
+    hidden_scale: Tensor | None = None
+    out_dtype: torch.dtype = torch.bfloat16
 
     @classmethod
     def of(
@@ -97,7 +99,8 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.hidden_states.dtype
+        """Of the result, and of hidden_states unless they are codes."""
+        return self.hidden_states.dtype if self.hidden_scale is None else self.out_dtype
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ class Problem:
             hidden_states=self.hidden_states[start:stop],
             topk_weights=self.topk_weights[start:stop],
             topk_ids=self.topk_ids[start:stop],
+            hidden_scale=None if self.hidden_scale is None else self.hidden_scale[start:stop],
         )
 
     def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

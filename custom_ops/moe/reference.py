@@ -28,13 +28,18 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
+    x_scale: Tensor | None = None,
     *,
+    dtype: torch.dtype | None = None,
     min_amax: float,
     scale_mode: str,
     code_mode: str,
 ) -> Tensor:
-    """One product of one expert: [M, K] by [N, K] to [M, N] of the dtype of x."""
-    if scale is None:
+    """One product of one expert: [M, K] by [N, K] to [M, N] of a dtype, by default that of x. x_scale: of codes."""
+    dtype = x.dtype if dtype is None else dtype
+    if x_scale is not None and scale is not None:
+        y = block_scaled_mm(x, x_scale, weight, scale, out_dtype=dtype)
+    elif scale is None:
         y = (x.float() @ weight.float().t()).to(x.dtype)
     elif weight.dtype == torch.int8:
         y = ((x.float() @ weight.float().t()) * scale).to(x.dtype)
@@ -43,7 +48,7 @@ def linear(
         codes, x_scale = group_quant(
             padded, BLOCK, min_amax=min_amax, scale_mode=scale_mode, code_mode=code_mode
         )
-        y = block_scaled_mm(codes[:, : x.shape[-1]], x_scale, weight, scale, out_dtype=x.dtype)
+        y = block_scaled_mm(codes[:, : x.shape[-1]], x_scale, weight, scale, out_dtype=dtype)
     return y if bias is None else y + bias
 
 
@@ -76,13 +81,18 @@ def fused_moe(
     min_amax: float = 1e-10,
     scale_mode: str = "divide",
     code_mode: str = "divide",
+    hidden_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """`custom_ops.fused_moe`, expert by expert. It reads on the host how many pairs an expert has."""
     act = Activation(activation, interleaved, alpha, limit)
-    product = partial(linear, min_amax=min_amax, scale_mode=scale_mode, code_mode=code_mode)
+    dtype = hidden_states.dtype if hidden_scale is None else out_dtype
+    product = partial(
+        linear, dtype=dtype, min_amax=min_amax, scale_mode=scale_mode, code_mode=code_mode
+    )
     experts = local_experts(topk_ids, gate_up.shape[0], expert_map)
     num_tokens, top_k = topk_ids.shape
-    pairs = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[1])
+    pairs = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[1], dtype=dtype)
 
     def of(tensor: Tensor | None, expert: int) -> Tensor | None:
         return None if tensor is None else tensor[expert]
@@ -91,8 +101,11 @@ def fused_moe(
         if expert < 0:
             continue
         chosen = (experts.flatten() == expert).nonzero().flatten()
-        x = hidden_states[chosen // top_k]
-        first = product(x, gate_up[expert], of(gate_up_bias, expert), of(gate_up_scale, expert))
+        tokens = chosen // top_k
+        x, x_scale = hidden_states[tokens], None if hidden_scale is None else hidden_scale[tokens]
+        first = product(
+            x, gate_up[expert], of(gate_up_bias, expert), of(gate_up_scale, expert), x_scale
+        )
         between = act.reference(first)
         second = product(between, down[expert], of(down_bias, expert), of(down_scale, expert))
         pairs[chosen] = second

@@ -46,7 +46,9 @@ class Tile:
     the weight on the side of the matrix instruction that is 64 high. band: blocks of pairs that run together through
     all columns, so that they share the weight in L2. halve: a block that is at most half full multiplies half as much.
     tma: read weights (and what `gate_up` wrote) by the tensor memory accelerator where that is possible. roles: by the
-    kernel of `gluon_experts` where it takes the problem, which of all this has stages and a band of its own.
+    kernel of `gluon_experts` where it takes the problem, which of all this has stages and a band of its own. ahead:
+    cache lines of each row of the weight, a power of two, that the first programs ask for in L2 while the kernel before
+    still runs; for where most experts have few pairs, and all wait for memory.
     """
 
     n: int
@@ -58,6 +60,7 @@ class Tile:
     halve: bool = False
     tma: bool = True
     roles: bool = False
+    ahead: int = 0
 
     def within(self, rows: int, itemsize: int, shared_bytes: int) -> Tile:
         """With as few stages as the shared memory asks for; rows: of both operands together."""

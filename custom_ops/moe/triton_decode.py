@@ -15,35 +15,13 @@ from custom_ops.moe.activation import Activation
 from custom_ops.moe.tiles import FEW_PAIRS, Strip, choose
 from custom_ops.moe.triton_operands import hopper, n_inner, pointer, strides, vector
 from custom_ops.moe.triton_products import activate
+from custom_ops.moe.triton_sums import decoded, requantized, row_sums, sums_of
 from custom_ops.platform import on_device
-from custom_ops.quantization.triton_codes import codes_of, magnitude_bits, scale_of
 from custom_ops.scales import as_rows, code_max
-from custom_ops.triton_math import decode_e4m3, native_fp8, round_to, to_float32
+from custom_ops.triton_math import native_fp8, round_to, to_float32
 
-
-@triton.jit
-def _decoded(w):
-    """Weights as float32."""
-    if w.dtype == tl.uint8:
-        v = decode_e4m3(w)
-    elif w.dtype.is_fp8():
-        v = w.to(tl.float16).to(tl.float32)
-    else:
-        v = to_float32(w)
-    return v
-
-
-@triton.jit
-def _requantized(
-    x, min_amax, T: tl.constexpr, GROUPS: tl.constexpr,
-    SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    """float32 values [GROUPS, 128] that the codes of so many groups of T stand for: code times scale."""
-    groups = tl.reshape(x, (GROUPS, 128))
-    largest = tl.max(magnitude_bits(groups), axis=1)
-    scale = scale_of(largest, min_amax, 0.0, T, CODE_MAX, SCALE_MODE, "float32")
-    codes = codes_of(groups, scale, CODE_MAX, False, CODE_MODE, NATIVE_FP8)
-    return decode_e4m3(codes) * scale[:, None]
+# From here on a scale of 16-bit floats is normal, and so are its reciprocal and the residual of a quotient.
+LEAST_AMAX = 2.0**-60
 
 
 @triton.jit
@@ -54,75 +32,6 @@ def _local_expert(ids_ptr, pair, here, map_ptr, mapped, experts, MAPPED: tl.cons
         inside = (expert >= 0) & (expert < mapped)
         expert = tl.load(map_ptr + tl.where(inside, expert, 0), mask=inside, other=-1).to(tl.int64)
     return tl.where((expert >= 0) & (expert < experts), expert, -1)
-
-
-@triton.jit
-def _factor(
-    v, scale_ptr, first, column, in_columns, at, K, ws_row, ws_block,
-    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    """What weights [COLUMNS, BLOCK_K] are multiplied by: the values of a row, and the scales of blocks of 128 x 128."""
-    if SCALED:
-        block = at // 128 + tl.arange(0, BLOCK_K // 128)
-        in_blocks = block * 128 < K
-        if UNIFORM:
-            scale_ptrs = scale_ptr + first // 128 * ws_row + block * ws_block
-            scale = tl.load(scale_ptrs, mask=in_blocks, other=0.0)
-            factor = tl.reshape(v * scale[:, None], (BLOCK_K,))[None, :]
-        else:
-            scale_ptrs = scale_ptr + (column // 128 * ws_row)[:, None] + (block * ws_block)[None, :]
-            scale = tl.load(scale_ptrs, mask=in_blocks[None, :] & in_columns[:, None], other=0.0)
-            factor = tl.reshape(v[None, :, :] * scale[:, :, None], (COLUMNS, BLOCK_K))
-    else:
-        factor = v[None, :]
-    return factor
-
-
-@triton.jit
-def _row_sums(
-    x_ptr, w_ptr, w_scale_ptr, first, second, in_columns, K, w_row, w_col, ws_row, ws_block, min_amax,
-    T: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
-    SCALED: tl.constexpr, UNIFORM: tl.constexpr, SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr,
-    CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """float32 sums [COLUMNS] of a row by rows of a weight from `first` on and, with two HALVES, from `second` on."""
-    k = tl.arange(0, BLOCK_K)
-    lane = tl.arange(0, COLUMNS)
-    place = (lane.to(tl.int64) * w_row)[:, None] + (k.to(tl.int64) * w_col)[None, :]
-    sum_0 = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
-    sum_1 = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
-    w_0 = w_ptr + first.to(tl.int64) * w_row + place
-    w_1 = w_ptr + second.to(tl.int64) * w_row + place
-    for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        in_k = k < K - at
-        if EVEN_K:
-            mask = tl.broadcast_to(in_columns[:, None], (COLUMNS, BLOCK_K))
-        else:
-            mask = in_columns[:, None] & in_k[None, :]
-        # The row is small and read by every program: it stays in L1, the weights do not.
-        x = tl.load(x_ptr + at + k, mask=in_k, other=0.0)
-        tile_0 = tl.load(w_0, mask=mask, other=0.0, eviction_policy="evict_first")
-        tile_1 = tile_0
-        if HALVES == 2:
-            tile_1 = tl.load(w_1, mask=mask, other=0.0, eviction_policy="evict_first")
-        if SCALED:
-            v = _requantized(
-                x, min_amax, T, BLOCK_K // 128, SCALE_MODE, CODE_MODE, CODE_MAX, NATIVE_FP8
-            )
-        else:
-            v = to_float32(x)
-        sum_0 += _decoded(tile_0) * _factor(
-            v, w_scale_ptr, first, first + lane, in_columns, at, K, ws_row, ws_block,
-            BLOCK_K, COLUMNS, SCALED, UNIFORM,
-        )  # fmt: skip
-        if HALVES == 2:
-            sum_1 += _decoded(tile_1) * _factor(
-                v, w_scale_ptr, second, second + lane, in_columns, at, K, ws_row, ws_block,
-                BLOCK_K, COLUMNS, SCALED, UNIFORM,
-            )  # fmt: skip
-        w_0 += BLOCK_K * w_col
-        w_1 += BLOCK_K * w_col
-    return tl.sum(sum_0, axis=1), tl.sum(sum_1, axis=1)
 
 
 @triton.jit
@@ -155,7 +64,7 @@ def _decode_gate_up(
     GATE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
     MAPPED: tl.constexpr, SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    NATIVE_FP8: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, LANES: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -181,10 +90,10 @@ def _decode_gate_up(
     biases = bias_ptr
     if BIAS:
         biases = bias_ptr + expert * bias_expert + lane
-    sum_0, sum_1 = _row_sums(
+    sum_0, sum_1 = row_sums(
         x_ptr + (pair // top_k).to(tl.int64) * x_row, w_ptr + expert * w_expert, scales, first, width + first,
         inside, K, w_row, w_col, ws_row, ws_block, min_amax, T, BLOCK_K, COLUMNS, HALVES,
-        EVEN_K, SCALED, UNIFORM, SCALE_MODE, CODE_MODE, CODE_MAX, NATIVE_FP8, STAGES,
+        EVEN_K, SCALED, UNIFORM, SCALE_MODE, CODE_MODE, CODE_MAX, NATIVE_FP8, STAGES, LANES,
     )  # fmt: skip
     gate = _finish(sum_0, channels, biases, inside, T, CHANNEL, BIAS)
     up = gate
@@ -208,7 +117,7 @@ def _weighted(
     T: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
     SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """[CHOICES, BLOCK_N] of what some pairs add to their token, as float32; experts that are not here are -1."""
     here = expert >= 0
@@ -218,7 +127,10 @@ def _weighted(
     w_ptrs = w_ptr + (expert * w_expert)[:, None, None] + (lane.to(tl.int64) * w_row)[None, :, None]
     w_ptrs = w_ptrs + (k.to(tl.int64) * w_col)[None, None, :]
     a_ptrs = act_ptr + (pair.to(tl.int64) * K)[:, None] + k[None, :]
-    sums = tl.zeros((CHOICES, BLOCK_N, BLOCK_K), tl.float32)
+    if LANES > 1:
+        sums = tl.zeros((CHOICES * BLOCK_N, BLOCK_K // LANES), tl.float32)
+    else:
+        sums = tl.zeros((CHOICES, BLOCK_N, BLOCK_K), tl.float32)
     for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         in_k = k < K - at
         mask = inside[:, :, None] & in_k[None, None, :]
@@ -226,7 +138,7 @@ def _weighted(
         x = tl.load(a_ptrs, mask=here[:, None] & in_k[None, :], other=0.0)
         if SCALED:
             GROUPS: tl.constexpr = BLOCK_K // 128
-            v = _requantized(
+            v = requantized(
                 x, min_amax, T, CHOICES * GROUPS, SCALE_MODE, CODE_MODE, CODE_MAX, NATIVE_FP8
             )
             block = at // 128 + tl.arange(0, GROUPS)
@@ -236,7 +148,10 @@ def _weighted(
             v = tl.reshape(v * tl.reshape(scale, (CHOICES * GROUPS,))[:, None], (CHOICES, BLOCK_K))
         else:
             v = to_float32(x)
-        sums += _decoded(tile) * v[:, None, :]
+        products = decoded(tile) * v[:, None, :]
+        if LANES > 1:
+            products = sums_of(tl.reshape(products, (CHOICES * BLOCK_N, BLOCK_K)), LANES)
+        sums += products
         w_ptrs += BLOCK_K * w_col
         a_ptrs += BLOCK_K
     channels = w_scale_ptr
@@ -245,7 +160,9 @@ def _weighted(
     biases = bias_ptr
     if BIAS:
         biases = bias_ptr + (expert * bias_expert)[:, None] + lane[None, :]
-    y = to_float32(_finish(tl.sum(sums, axis=2), channels, biases, inside, T, CHANNEL, BIAS))
+    total = tl.sum(sums, axis=1 if LANES > 1 else 2)
+    total = tl.reshape(total, (CHOICES, BLOCK_N))
+    y = to_float32(_finish(total, channels, biases, inside, T, CHANNEL, BIAS))
     products = y * to_float32(tl.load(weights_ptr + pair, mask=here, other=0.0))[:, None]
     if weights_ptr.dtype.element_ty != tl.float32:
         products = to_float32(round_to(products, T))
@@ -270,7 +187,7 @@ def _decode_down(
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr,
     SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, LANES: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N channels of a token: tiles [CHOICES, BLOCK_N, BLOCK_K], of so many of its experts at once."""
@@ -302,7 +219,7 @@ def _decode_down(
                 act_ptr, w_ptr, w_scale_ptr, bias_ptr, weights_ptr, token * TOP_K + choice, expert, first, lane,
                 N, K, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert, min_amax,
                 T, CHOICES, BLOCK_N, BLOCK_K, SCALED, CHANNEL, BIAS, SCALE_MODE, CODE_MODE, CODE_MAX,
-                NATIVE_FP8, STAGES,
+                NATIVE_FP8, STAGES, LANES,
             )  # fmt: skip
             for k_th in tl.static_range(CHOICES):  # in this order, whatever a sum over an axis has
                 only = (expert >= 0) & (choice == start + k_th)
@@ -317,6 +234,13 @@ def fits(num_tokens: int, top_k: int, gate_up: Tensor, down: Tensor) -> bool:
     pairs = num_tokens * top_k
     choice = choose(gate_up, (experts, hidden, width), pairs)
     return choice.strips is not None and (choice.pairs >= pairs or pairs <= FEW_PAIRS)
+
+
+def _lanes(weight: Tensor, scaled: bool) -> int:
+    """How many products a thread adds up at once. Rows of FP8 in one piece: as many as it loads at once, which halves
+    the registers; weights of 16 bits lose by it.
+    """
+    return 16 // weight.element_size() if scaled and weight.stride(2) == 1 else 1
 
 
 def moe_decode(
@@ -364,6 +288,9 @@ def moe_decode(
     table = None if expert_map is None else expert_map.contiguous()
     scaled = gate_up_scale is not None and gate_up_scale.dim() == 3
     pdl = hopper(x)
+    native = native_fp8(x)
+    if native and (scale_mode, code_mode) == ("divide", "divide") and min_amax >= LEAST_AMAX:
+        code_mode = "exact"
     columns = 2 * first.n if activation.interleaved else first.n
     halved = activation.gated and not activation.interleaved
     lines = 0
@@ -376,7 +303,7 @@ def moe_decode(
         "SCALE_MODE": scale_mode,
         "CODE_MODE": code_mode,
         "CODE_MAX": code_max(torch.float8_e4m3fn),
-        "NATIVE_FP8": native_fp8(x),
+        "NATIVE_FP8": native,
         "PDL": pdl,
         "FIRST": tokens > 1,
         **({"launch_pdl": True} if pdl else {}),
@@ -390,14 +317,15 @@ def moe_decode(
             GATE=activation.name, INTERLEAVED=activation.interleaved, BIAS=gate_up_bias is not None,
             EVEN_K=hidden % first.k == 0,
             UNIFORM=128 % columns == 0 and (width % columns == 0 or not halved),
-            BLOCK_N=first.n, BLOCK_K=first.k, STAGES=first.stages, num_warps=first.warps, **common,
+            BLOCK_N=first.n, BLOCK_K=first.k, STAGES=first.stages, LANES=_lanes(gate_up, scaled), num_warps=first.warps,
+            **common,
         )  # fmt: skip
         columns_of = triton.cdiv(hidden, second.n)
         _decode_down[(tokens, columns_of) if tokens > 1 else (columns_of, tokens)](
             act, pointer(down), down_scale, vector(down_bias), weights, out, ids, table, mapped, experts,
             hidden, width, *down.stride(), *strides(down_scale, 3), hidden, min_amax,
             TOP_K=top_k, CHOICES=second.choices or triton.next_power_of_2(top_k), BIAS=down_bias is not None,
-            LINE=128 // down.element_size(), LINES=lines,
+            LINE=128 // down.element_size(), LINES=lines, LANES=_lanes(down, scaled),
             BLOCK_N=second.n, BLOCK_K=second.k, STAGES=second.stages, num_warps=second.warps, **common,
         )  # fmt: skip
     return out

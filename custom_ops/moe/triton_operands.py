@@ -52,10 +52,17 @@ def constants(
         "BAND": tile.band,
         "HALVE": tile.halve,
         "PDL": pdl,
+        "AHEAD": tile.ahead if asked_for(rows, weight, tile) is not None else 0,
+        "LINE": 128 // weight.element_size(),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **({"launch_pdl": True} if pdl else {}),
     }
+
+
+def asked_for(rows: Tensor, weight: Tensor, tile: Tile) -> Tensor | None:
+    """The weight whose rows a kernel asks for before it may run; None where it does not."""
+    return pointer(weight) if tile.ahead and hopper(rows) and weight.stride(2) == 1 else None
 
 
 def fitting(tile: Tile, shared_rows: int, rows: Tensor, weight: Tensor) -> Tile:

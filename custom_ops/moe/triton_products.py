@@ -39,6 +39,27 @@ def place(blocks, column_tiles, BAND: tl.constexpr):
 
 
 @triton.jit
+def ask_for(
+    w_ptr, expert, first, N, K, w_expert, w_row,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first cache lines of rows of a weight in L2; LINE: weights to a line.
+
+    Only for programs that run before their kernel may: that is as many as are on the GPU at once, for which 264 stands.
+    """
+    if tl.program_id(0) < 264:
+        row = first + tl.arange(0, COLUMNS)
+        row = tl.where(row < N, row, 0).to(tl.int64)
+        at = tl.arange(0, LINES) * LINE
+        at = tl.where(at < K, at, 0)
+        ptrs = w_ptr + expert.to(tl.int64) * w_expert + (row * w_row)[:, None] + at[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _weights(
     w, w_ptrs, expert, column, at, in_k,
     COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr,

@@ -6,11 +6,13 @@ from custom_ops.normalization.ops import (
     add_rms_norm_tensor_quant,
     add_rms_norm_tensor_quant_static,
     add_rms_norm_token_quant,
+    add_rms_norm_token_quant_asymmetric,
     rms_norm,
     rms_norm_group_quant,
     rms_norm_tensor_quant,
     rms_norm_tensor_quant_static,
     rms_norm_token_quant,
+    rms_norm_token_quant_asymmetric,
 )
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "add_rms_norm_tensor_quant",
     "add_rms_norm_tensor_quant_static",
     "add_rms_norm_token_quant",
+    "add_rms_norm_token_quant_asymmetric",
     "rms_norm",
     "rms_norm_group_quant",
     "rms_norm_tensor_quant",
     "rms_norm_tensor_quant_static",
     "rms_norm_token_quant",
+    "rms_norm_token_quant_asymmetric",
 ]

@@ -26,6 +26,7 @@ from custom_ops import library
 from custom_ops.implementation import cuda, triton
 from custom_ops.library import require
 from custom_ops.normalization import reference
+from custom_ops.quantization.asymmetric import TOKEN_QUANT_ASYMMETRIC
 from custom_ops.quantization.checks import (
     check_activation,
     check_bound,
@@ -136,9 +137,11 @@ ADD_RMS_NORM = Producer(
 
 rms_norm_group_quant = fuse(RMS_NORM, GROUP_QUANT)
 rms_norm_token_quant = fuse(RMS_NORM, TOKEN_QUANT)
+rms_norm_token_quant_asymmetric = fuse(RMS_NORM, TOKEN_QUANT_ASYMMETRIC)
 rms_norm_tensor_quant = fuse(RMS_NORM, TENSOR_QUANT)
 rms_norm_tensor_quant_static = fuse(RMS_NORM, TENSOR_QUANT_STATIC)
 add_rms_norm_group_quant = fuse(ADD_RMS_NORM, GROUP_QUANT)
 add_rms_norm_token_quant = fuse(ADD_RMS_NORM, TOKEN_QUANT)
+add_rms_norm_token_quant_asymmetric = fuse(ADD_RMS_NORM, TOKEN_QUANT_ASYMMETRIC)
 add_rms_norm_tensor_quant = fuse(ADD_RMS_NORM, TENSOR_QUANT)
 add_rms_norm_tensor_quant_static = fuse(ADD_RMS_NORM, TENSOR_QUANT_STATIC)

@@ -15,6 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.platform import on_device
+from custom_ops.quantization.asymmetric_triton import (
+    affine_codes_of,
+    affine_of,
+    empty_affine,
+    larger,
+)
 from custom_ops.quantization.triton_codes import (
     code_constants,
     codes_of,
@@ -69,9 +75,15 @@ def _largest(bits, GROUPS: tl.constexpr):
     return tl.zeros((GROUPS,), tl.int32) + tl.max(tl.max(bits, axis=1), axis=0)
 
 
+@triton.jit
+def _highest(v, GROUPS: tl.constexpr):
+    """The largest of a tile of values, or NaN, once for each of its groups [GROUPS]."""
+    return tl.zeros((GROUPS,), tl.float32) + tl.reduce(tl.reduce(v, 1, larger), 0, larger)
+
+
 @triton.jit(do_not_specialize=["scale_row", "scale_group"])
 def _rms_norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, amax_ptr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, amax_ptr, zero_ptr,
     size, x_row, residual_row, scale_row, scale_group, eps, min_amax, min_scale,
     WEIGHT_MODE: tl.constexpr, ADD: tl.constexpr, SCHEME: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ONE_TILE: tl.constexpr,
@@ -115,6 +127,22 @@ def _rms_norm(
         largest = _largest(bits, GROUPS)
         scale = scale_of(largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT)
 
+    zero = tl.zeros((GROUPS,), tl.int32)
+    if SCHEME == "asymmetric" and not ONE_TILE:
+        high = tl.zeros((GROUPS, GROUP), tl.float32)
+        minus_low = tl.zeros((GROUPS, GROUP), tl.float32)
+        for start in range(0, size, GROUPS * GROUP):
+            offsets = start + tile
+            mask = offsets < size
+            x = _load(x_ptr, residual_ptr, offsets, mask, ADD)
+            v = to_float32(_normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE))
+            v = tl.where(mask, v, 0.0)
+            high = larger(high, v)
+            minus_low = larger(minus_low, v * -1.0)
+        scale, zero = affine_of(
+            _highest(high, GROUPS), _highest(minus_low, GROUPS), min_scale, T, SCALE_MODE
+        )
+
     end = GROUPS * GROUP if ONE_TILE else size  # a constant, for which no loop remains
     for start in range(0, end, GROUPS * GROUP):
         offsets = start + tile
@@ -146,10 +174,22 @@ def _rms_norm(
                 scale = scale_of(
                     largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT
                 )
-            codes = codes_of(out, scale, CODE_MAX, INT8, CODE_MODE, NATIVE_FP8, SCHEME == "static")
+            elif SCHEME == "asymmetric" and ONE_TILE:
+                v = tl.where(mask, to_float32(out), 0.0)
+                scale, zero = affine_of(
+                    _highest(v, GROUPS), _highest(v * -1.0, GROUPS), min_scale, T, SCALE_MODE
+                )
+            if SCHEME == "asymmetric":
+                codes = affine_codes_of(out, scale, zero, CODE_MODE)
+            else:
+                codes = codes_of(
+                    out, scale, CODE_MAX, INT8, CODE_MODE, NATIVE_FP8, SCHEME == "static"
+                )
             tl.store(out_ptr + offsets, codes, mask=mask)
-    if SCHEME == "token":
+    if SCHEME == "token" or SCHEME == "asymmetric":
         tl.store(scale_ptr + row + tile_group, scale, mask=tile_group == 0)
+    if SCHEME == "asymmetric":
+        tl.store(zero_ptr + row + tile_group, zero.to(tl.int8), mask=tile_group == 0)
 
 
 def _launch(
@@ -162,6 +202,7 @@ def _launch(
     scale: Tensor | None = None,
     steps: tuple[int, int] = (0, 0),
     amax: Tensor | None = None,
+    zero_point: Tensor | None = None,
     group_size: int = GROUP,
     min_amax: float = 0.0,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -192,6 +233,7 @@ def _launch(
             sums[0] if adds else out,
             out if scale is None else scale,
             out if amax is None else amax,
+            out if zero_point is None else zero_point,
             size,
             rows.stride(0),
             residuals.stride(0),
@@ -237,6 +279,12 @@ def _per_token(adds: bool, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     return q, scale, *_launch("token", adds, args, codes_pointer(q), scale=scale, **options)
 
 
+def _per_token_asymmetric(adds: bool, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    q, scale, zero_point = empty_affine(args[0])
+    options |= {"scale": scale, "zero_point": zero_point, "dtype": torch.int8}
+    return q, scale, zero_point, *_launch("asymmetric", adds, args, q, **options)
+
+
 def _per_tensor(adds: bool, *args: Any, weight_mode: str, **options: Any) -> tuple[Tensor, ...]:
     out = _empty(args)
     amax = torch.zeros(1, dtype=torch.int32, device=out.device)
@@ -253,10 +301,12 @@ def _per_tensor_static(adds: bool, *args: Any, **options: Any) -> Tensor | tuple
 rms_norm = partial(_plain, False)
 rms_norm_group_quant = partial(_per_group, False)
 rms_norm_token_quant = partial(_per_token, False)
+rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, False)
 rms_norm_tensor_quant = partial(_per_tensor, False)
 rms_norm_tensor_quant_static = partial(_per_tensor_static, False)
 add_rms_norm = partial(_plain, True)
 add_rms_norm_group_quant = partial(_per_group, True)
 add_rms_norm_token_quant = partial(_per_token, True)
+add_rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, True)
 add_rms_norm_tensor_quant = partial(_per_tensor, True)
 add_rms_norm_tensor_quant_static = partial(_per_tensor_static, True)

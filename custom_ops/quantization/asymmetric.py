@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from custom_ops.quantization.checks import (
     check_codes,
     check_scales,
 )
+from custom_ops.quantization.fused import Scheme
 from custom_ops.scales import quant_spec
 
 
@@ -42,12 +45,13 @@ def token_quant_asymmetric(
     )
 
 
-def _check(x: Tensor, *, min_scale: float, scale_mode: str, code_mode: str) -> None:
-    op = "token_quant_asymmetric"
-    check_activation(op, "x", x)
+def _check(
+    op: str, name: str, x: Tensor, *, min_scale: float, scale_mode: str, code_mode: str
+) -> None:
+    check_activation(op, name, x)
     check_scales(op, "float32", ("float32",), 0.0, min_scale, scale_mode)
     check_codes(op, torch.int8, code_mode)
-    check_channels(op, "x", x)
+    check_channels(op, name, x)
 
 
 def _empty(
@@ -57,15 +61,18 @@ def _empty(
     return q, scale, torch.empty(scale.shape, dtype=torch.int8, device=x.device)
 
 
-library.define(
-    token_quant_asymmetric,
-    "(Tensor x, *, float min_scale=0.0, str scale_mode='divide', str code_mode='divide')"
-    " -> (Tensor q, Tensor scale, Tensor zero_point)",
-    check=_check,
-    empty=_empty,
-    reference=reference.token_quant_asymmetric,
-    implementations=(
-        cuda("token_quant_asymmetric"),
-        triton("custom_ops.quantization.asymmetric_triton:token_quant_asymmetric"),
+TOKEN_QUANT_ASYMMETRIC = Scheme(
+    library.define(
+        token_quant_asymmetric,
+        "(Tensor x, *, float min_scale=0.0, str scale_mode='divide', str code_mode='divide')"
+        " -> (Tensor q, Tensor scale, Tensor zero_point)",
+        check=partial(_check, "token_quant_asymmetric", "x"),
+        empty=_empty,
+        reference=reference.token_quant_asymmetric,
+        implementations=(
+            cuda("token_quant_asymmetric"),
+            triton("custom_ops.quantization.asymmetric_triton:token_quant_asymmetric"),
+        ),
     ),
+    _check,
 )

@@ -41,7 +41,7 @@ def scale_steps(scale: Tensor, scale_layout: str) -> tuple[int, int]:
 
 
 @triton.jit
-def _load(gate_ptr, up_ptr, gate_at, up_at, mask, alpha, limit, GATE: tl.constexpr):
+def load_values(gate_ptr, up_ptr, gate_at, up_at, mask, alpha, limit, GATE: tl.constexpr):
     """The tile to quantize or store."""
     gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0)
     up = gate
@@ -67,7 +67,7 @@ def quantize_groups(
     in_row = (group % groups_per_row).to(tl.int64)
     lane = tl.arange(0, GROUP)[None, :]
     column = (in_row * GROUP)[:, None] + lane
-    x = _load(
+    x = load_values(
         gate_ptr, up_ptr, (row * gate_row)[:, None] + column * gate_col,
         (row * up_row)[:, None] + column * up_col, mask[:, None], alpha, limit, GATE,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _token(
     lane = tl.arange(0, TILE)[None, :]
     if ONE_TILE:
         mask = lane < size
-        x = _load(gate_ptr, up_ptr, lane * gate_col, lane * up_col, mask, alpha, limit, GATE)
+        x = load_values(gate_ptr, up_ptr, lane * gate_col, lane * up_col, mask, alpha, limit, GATE)
         # What lies past the end was made of zeros, and is zero.
         largest = tl.max(magnitude_bits(x), axis=1)
         scale = scale_of(largest, min_amax, min_scale, x.dtype, CODE_MAX, SCALE_MODE, SCALE_FORMAT)
@@ -123,14 +123,18 @@ def _token(
         bits = tl.zeros((1, TILE), tl.int32)
         for start in range(0, size, TILE):
             at = start + lane
-            x = _load(gate_ptr, up_ptr, at * gate_col, at * up_col, at < size, alpha, limit, GATE)
+            x = load_values(
+                gate_ptr, up_ptr, at * gate_col, at * up_col, at < size, alpha, limit, GATE
+            )
             bits = tl.maximum(bits, magnitude_bits(x))
         largest = tl.max(bits, axis=1)
         T: tl.constexpr = gate_ptr.dtype.element_ty
         scale = scale_of(largest, min_amax, min_scale, T, CODE_MAX, SCALE_MODE, SCALE_FORMAT)
         for start in range(0, size, TILE):
             at = start + lane
-            x = _load(gate_ptr, up_ptr, at * gate_col, at * up_col, at < size, alpha, limit, GATE)
+            x = load_values(
+                gate_ptr, up_ptr, at * gate_col, at * up_col, at < size, alpha, limit, GATE
+            )
             codes = codes_of(x, scale, CODE_MAX, INT8, CODE_MODE, NATIVE_FP8)
             tl.store(q_ptr + at, codes, mask=at < size)
     tl.store(scale_ptr + row + tl.arange(0, 1), scale)
@@ -155,7 +159,7 @@ def _pieces(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)[None, :]
     mask = column < size
-    x = _load(
+    x = load_values(
         gate_ptr, up_ptr, row * gate_row + column * gate_col, row * up_row + column * up_col,
         mask, alpha, limit, GATE,
     )  # fmt: skip

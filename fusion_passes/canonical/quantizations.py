@@ -187,7 +187,15 @@ def _rewrite_tensor(m: Rewrite) -> tuple[Any, ...]:
 
 
 def _min_amax(m: Rewrite) -> Any:
-    return m.match.scalars["bound"] if m.constants["spelling"].bound == "amax" else 0.0
+    spelling = m.constants["spelling"]
+    if spelling.bound != "amax":
+        return 0.0
+    bound = m.match.scalars["bound"]
+    if spelling.cast == spellings.AFTER_BOUND:
+        if not isinstance(bound, (int, float)):
+            raise NotRewritten("the lower bound of its largest magnitude is known only at run time")
+        return float(torch.tensor(bound, dtype=m.dtype))
+    return bound
 
 
 def _rewrite_dynamic(m: Rewrite) -> tuple[Any, ...]:

@@ -74,6 +74,7 @@ class Spelling(NamedTuple):
     def quantize(self, x: T, amax: T, bound: float, lower: float, upper: float) -> tuple[T, T]:
         """Codes and scale of x in plain PyTorch, given the largest magnitudes before any bound."""
         amax = amax.clamp(min=bound) if self.bound == "amax" else amax
+        amax = amax.float() if self.cast == AFTER_BOUND else amax
         if self.bound == "or one":
             amax = torch.where(amax > 0, amax, torch.ones_like(amax))
         largest = MAX[self.dtype]
@@ -101,7 +102,7 @@ class Spelling(NamedTuple):
         magnitudes = x.float().abs() if self.cast == "first" else x.abs()
         magnitudes = magnitudes.float() if self.cast == "after abs" else magnitudes
         amax = magnitudes.amax() if dims is None else magnitudes.amax(dims, keepdim=True)
-        return amax if self.input_scale else amax.float()
+        return amax if self.input_scale or self.cast == AFTER_BOUND else amax.float()
 
     def inputs(self, x: Tensor, **more: Any) -> dict[str, Any]:
         bound = {"bound": Scalar()} if self.bounded else {}
@@ -140,6 +141,8 @@ class Int8InInputDtype:
 
 
 _CASTS = ("first", "after abs", "after amax")
+AFTER_BOUND = "after its bound"
+"""A cast of the largest magnitude, whose lower bound then is a number of 16 bits."""
 
 
 def _usual_first(found: Iterable[Spelling], usual: Spelling) -> list[Spelling]:
@@ -170,6 +173,8 @@ def symmetric() -> list[Spelling]:
     torchao = Spelling(FP8, cast="after amax", input_scale=True)
     every = _every((FP8, INT8), bounds, _CASTS, ("number", "tensor", "reciprocal"))
     every += _every((FP8, INT8), ("or one",), _CASTS, ("number", "tensor"))
+    every += _every((FP8, INT8), ("amax",), (AFTER_BOUND,), ("number", "tensor"))
+    every += _every((FP8, INT8), ("amax",), (AFTER_BOUND,), promoted=True)
     every += _every((FP8, INT8), (*bounds, "or one"), _CASTS, promoted=True)
     return [torchao, *_usual_first(every, Spelling(FP8, "amax"))]
 

@@ -21,7 +21,7 @@ from torch import fx
 import custom_ops
 from custom_ops.scales import GROUP_SIZES
 from fusion_passes.arithmetic import MAX
-from fusion_passes.canonical import meanings
+from fusion_passes.canonical import asymmetric_quantizations, meanings
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.matching import Match
 from fusion_passes.operations import readers
@@ -57,6 +57,7 @@ class Scheme:
 
     name: of its op. last: the trailing size of what is quantized. inputs: its parameters besides the values. quantize:
     it in plain PyTorch. keywords: the keyword arguments of its op. needs: the node that stands for it in a graph.
+    rounding: those of the graph's arithmetic that its op takes; all of them if none is named.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Scheme:
     twice: bool = False  # the largest magnitude is known only when all values have been seen once
     scales: str = "0"
     outputs: int = 2
+    rounding: tuple[str, ...] = ()
 
 
 def quantizing(
@@ -161,8 +163,7 @@ def _rewrite(m: Rewrite, producer: Producer, scheme: Scheme, name: str) -> tuple
     ]
     arithmetic = m.match.arithmetic
     assert arithmetic is not None
-    names = ("dtype", "code_mode") if scheme.outputs == 1 else ()  # a given scale is as it is
-    keywords = dict(m.constants) | scheme.keywords(m) | arithmetic.arguments(*names)
+    keywords = dict(m.constants) | scheme.keywords(m) | arithmetic.arguments(*scheme.rounding)
     node = m.call(name, *_arguments(m, producer), *rest, **keywords)
     count = scheme.outputs + producer.residual
     return m.outputs_of(node, count) if count > 1 else (node,)
@@ -277,6 +278,18 @@ TENSOR_QUANT_STATIC = Scheme(
     arguments=("scale",),
     scales="4",
     outputs=1,
+    rounding=("dtype", "code_mode"),  # a given scale is as it is
+)
+TOKEN_QUANT_ASYMMETRIC = Scheme(
+    "token_quant_asymmetric",
+    "hidden_size",
+    {},
+    asymmetric_quantizations.Asymmetric(bounded=False, zero_point=torch.int8).quantize,
+    lambda m: {},
+    needs="token_quant_asymmetric",
+    scales="5*num_tokens",
+    outputs=3,
+    rounding=("scale_mode", "code_mode", "min_scale"),  # its codes are always int8
 )
 
 

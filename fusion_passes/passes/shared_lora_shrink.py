@@ -7,11 +7,18 @@
 These are the adapters of :class:`fusion_passes.lora.AdapterManager` over linears that are no plain ones (block-FP8):
 a plain one and its adapters are one op already. Where an adapter has another rank in each of them, the shrink has the
 largest: what that adds to the others is left from an adapter before, and `lora_expand` does not read it.
+
+    lora_linear_single(x, w_q, None, a_q, b_q, s), lora_linear_single(x, w_k, None, a_k, b_k, s)
+
+    ->   lora_linears_single(x, [w_q, w_k], [None, None], [a_q, a_k], [b_q, b_k], [s, s])
+
+These are what `lora_linear` makes of PEFT's layers, where their adapters have one rank and one dtype.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +35,11 @@ aten = torch.ops.aten
 
 
 def _transform(graph: fx.Graph) -> Iterator[Site]:
+    yield from _batches(graph)
+    yield from _singles(graph)
+
+
+def _batches(graph: fx.Graph) -> Iterator[Site]:
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=custom_ops.ops()["lora_add"].overload):
         x, _, a, _, _, _, *batch = node.args
@@ -60,6 +72,36 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
                 )
             start += len(a)
             graph.erase_node(node)
+    yield from _sites(graph, x, nodes)
+
+
+def _singles(graph: fx.Graph) -> Iterator[Site]:
+    groups: dict[Any, list[fx.Node]] = {}
+    # a scaling that is a tensor belongs to another overload, and stays
+    target = custom_ops.ops()["lora_linear_single"].overload
+    for node in graph.find_nodes(op="call_function", target=target):
+        x, _, _, a, _, _ = node.args
+        groups.setdefault((x, shape_of(a)[0], a.meta["val"].dtype), []).append(node)
+    for nodes in groups.values():
+        together = [n for n in nodes if all(each < nodes[0] for each in n.all_input_nodes)]
+        if len(together) > 1:
+            yield from _merge_singles(graph, together)
+
+
+def _merge_singles(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
+    x = nodes[0].args[0]
+    layers = [list(each) for each in zip(*(node.args[1:] for node in nodes), strict=True)]
+    with torch_internals.fake_mode_of(graph), graph.inserting_before(nodes[0]):
+        target = custom_ops.ops()["lora_linears_single"].overload
+        merged = _call(nodes[0], target, x, *layers)
+        outputs = [_call(n, operator.getitem, merged, at) for at, n in enumerate(nodes)]
+    for node, output in zip(nodes, outputs, strict=True):
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+    yield from _sites(graph, x, nodes)
+
+
+def _sites(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node]) -> Iterator[Site]:
     saved = 2 * index_map.product(shape_of(x))  # the 16-bit activation is read once less
     for node in nodes[1:]:
         yield Site(

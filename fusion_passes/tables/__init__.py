@@ -1,5 +1,8 @@
 """Which fusions are on by default, per GPU architecture: distilled from ``bench/results`` by ``python -m bench tune``.
 
+Where a fusion that is on was still behind, in tokens and widths, stands with it (``"behind"``): it leaves such places
+to stock unless somebody asked for it by name (see slower.py).
+
 An architecture without a table takes the nearest older one, or the oldest there is; so does a CPU, on which
 nothing fires anyway unless references are allowed.
 """
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -49,3 +54,34 @@ def default_state(name: str, arch: str) -> tuple[bool, str]:
     if table is None or row is None:
         return False, f"no measurement of {name} is in the tables"
     return bool(row["on"]), f"{row['why']} ({table['arch']} table)"
+
+
+Bounds = tuple[int, int | None]
+"""The least and the largest value of a size; None where there is no largest."""
+
+
+def slower(
+    name: str, arch: str, dtype: torch.dtype | None, tokens: Bounds, width: Bounds
+) -> str | None:
+    """The sentence that says where a fusion is slower than stock, if it is anywhere within the bounds of a place.
+
+    dtype: of the codes that it makes. A graph for many token counts runs for each of them, so one that is behind is
+    enough. Nothing was measured on a CPU, where every fusion is as its table says.
+    """
+    if arch == "cpu" or dtype is None:
+        return None
+    row = (nearest(arch) or {}).get("fusions", {}).get(name, {})
+    for region in row.get("behind", ()):
+        if (
+            region["dtype"] == str(dtype).removeprefix("torch.")
+            and _overlap(tokens, region["tokens"])
+            and _overlap(width, region["width"])
+        ):
+            return f"is slower than stock there: {region['why']}"
+    return None
+
+
+def _overlap(a: Sequence[int | None], b: Sequence[int | None]) -> bool:
+    return (a[0] or 0) <= (b[1] if b[1] is not None else sys.maxsize) and (b[0] or 0) <= (
+        a[1] if a[1] is not None else sys.maxsize
+    )

@@ -162,7 +162,9 @@ def _assert_equivalent(fusion: Fusion, result: Result, matches: int) -> None:
         )
         problem = verify.difference(expected, actual, accumulated)
         assert problem is None, f"{fusion.name}, output {index}: {problem}"
-        if bool(judge.double().isfinite().all()):
+        # a product that float64 runs as eager does (an operator of somebody else's) is no judge of who is nearer
+        same = accumulated and torch.equal(expected.double(), judge.double())
+        if bool(judge.double().isfinite().all()) and not same:
             ours, eagers = (
                 float((side.double() - judge.double()).norm()) for side in (actual, expected)
             )

@@ -56,12 +56,15 @@ def row_of(name: str, tokens: int, ours: float, stock: float, *targets: Target, 
 
 def test_every_op_and_fusion_has_a_case():
     cases = [case for _, case in every_case(tiny=False)]
-    of_several_ranks = {
-        "ep_dispatch",
-        "ep_combine",
-    }  # they take processes of their own, and have no suite yet
+    # They take processes of their own: `bench expert-parallel`.
+    both = {"ep_dispatch", "ep_combine"}
+    of_several_ranks = both | {f"{op}_low_latency" for op in both} | {"fused_moe_batched"}
     assert {case.op for case in cases if case.op} == set(library.ops()) - of_several_ranks
-    judged_by_models = {"shared_group_quant", "torchao_blockwise_linear"}
+    judged_by_models = {
+        "shared_group_quant",
+        "torchao_blockwise_linear",
+        "quantize_before_dispatch",
+    }
     shipped = set(registry()) - judged_by_models
     assert {case.fusion for case in cases if case.fusion} == shipped
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bench import heat, plots, readme, tuning
+from bench import ahead, heat, plots, readme, tuning
 from bench.measure import Plan, measure
 from bench.results import Row, Run
 from bench.suites import layouts, quantization, suites, torchao
@@ -33,21 +36,23 @@ def run_of(*rows: Row, suite: str = heat.SUITE) -> Run:
 
 def row_of(op: str, tokens: int, width: int, ratio: float) -> Row:
     row = Row(f"heat_{op}", {"tokens": tokens, "width": width}, moved_bytes=1000, chosen="cuda")
+    row.fusion = op
     row.warm_us = {"ours": 2.0, "inductor": 2.0 * ratio}
     row.finish(3000.0)
     return row
 
 
 @given(tokens=subsets, widths=st.lists(st.sampled_from(heat.WIDTHS), min_size=1, unique=True))
-def test_the_map_has_each_point_once_and_the_whole_range_first(
+def test_the_map_has_each_point_once_the_whole_range_first_and_then_small_ones(
     tokens: Sequence[int], widths: Sequence[int]
 ) -> None:
-    found = list(heat.points(list(heat.OPS), widths, tokens))
-    assert len(found) == len(set(found)) == len(heat.OPS) * len(widths) * len(tokens)
-    order = list(dict.fromkeys(count for _, count, _ in found))
-    assert sorted(order) == sorted(tokens)
+    found = list(heat.points(list(heat.USUAL), widths, tokens))
+    assert len(found) == len(set(found)) == len(heat.USUAL) * len(widths) * len(tokens)
     coarse = [count for count in sorted(tokens) if count in (1, 16, 256, 4096, 65536)]
-    assert order[: len(coarse)] == coarse
+    first = found[: len(coarse) * len(widths) * len(heat.USUAL)]
+    assert list(dict.fromkeys(count for _, count, _ in first)) == coarse
+    sizes = [count * width for _, count, width in found[len(first) :]]
+    assert sizes == sorted(sizes)
 
 
 def test_the_sizes_of_the_map() -> None:
@@ -55,6 +60,14 @@ def test_the_sizes_of_the_map() -> None:
     assert heat.TOKENS[-1] == 65536
     assert heat.WIDTHS == (1024, 2048, 4096, 5120, 7168, 8192, 14336)
     assert {*heat.OPS} <= {case.name for cases in suites().values() for case in cases(False)}
+    assert {*heat.USUAL} <= {*heat.OPS}
+
+
+def test_every_quantizing_fusion_has_a_map() -> None:
+    """All but those whose op is none of a producer and a scheme."""
+    drawn = {heat.OPS[name](2, 1024).fusion for name in heat.OPS}
+    quantizing = {name for name in registry() if name.endswith(("_quant", "_quant_static"))}
+    assert quantizing - drawn == {"shared_group_quant", "block_quant"}
 
 
 @given(
@@ -72,6 +85,7 @@ def test_the_summary_says_where_it_is_slowest(ratios: list[float], seed: int) ->
 
 def test_the_command_measures_draws_and_stops_in_time(tmp_path) -> None:
     common = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--width", "1024"]
+    common += ["--ahead-minutes", "0"]
     result = runner.invoke(heat.app, [*common, "--op", "token_quant", "--tokens", "1"])
     assert result.exit_code == 0, result.output
     assert "1 of 1 points" in result.output
@@ -88,7 +102,93 @@ def test_the_command_measures_draws_and_stops_in_time(tmp_path) -> None:
     assert [drawn.stem[:4] for drawn in (tmp_path / "plots").glob("*.png")] == ["heat"]
     late = runner.invoke(heat.app, [*common, "--minutes", "0"])
     assert late.exit_code == 0, late.output
-    assert f"0 of {len(heat.OPS) * len(heat.TOKENS)} points" in late.output
+    assert f"0 of {len(heat.USUAL) * len(heat.TOKENS)} points" in late.output
+    more = [*common, "--op", "token_quant", "--minutes", "0", "--no-draw", "--resume", str(path)]
+    rest = runner.invoke(heat.app, more)
+    assert f"0 of {len(heat.TOKENS) - 1} points" in rest.output, rest.output
+    newest = max(tmp_path.glob("heat-*.json"))
+    assert len(json.loads(newest.read_text())["rows"]) == 1  # what was resumed is in it too
+
+
+@given(ratios=st.lists(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=3), min_size=1))
+def test_merged_maps_have_the_median_of_each_point(ratios: list[list[float]]) -> None:
+    """One list for each point, one run for each of its measurements."""
+    runs = [
+        run_of(
+            *(
+                row_of("token_quant", 2**point, 1024, found[turn])
+                for point, found in enumerate(ratios)
+                if turn < len(found)
+            )
+        )
+        for turn in range(3)
+    ]
+    whole = heat.merged(runs)
+    assert len(whole.rows) == len(ratios)
+    for found, row in zip(ratios, sorted(whole.rows, key=lambda r: r.sizes["tokens"]), strict=True):
+        assert row.ratios["of_inductor"] == pytest.approx(statistics.median(found))
+    several = sum(bool(run.rows) for run in runs)
+    assert (f"merged of {several} runs" in whole.command) == (several > 1)
+
+
+def test_stocks_graphs_are_compiled_by_other_processes(tmp_path, monkeypatch) -> None:
+    """Into the cache on the disk, where this one finds them."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiling = partial(heat.compile_point, width=256, device="cpu")
+    names = ("token_quant", "silu_mul_token_quant")
+    done = ahead.run([partial(compiling, name, 3) for name in names], 2, 240.0)
+    assert done.errors == []
+    assert done.compiled == 2
+    counters.clear()
+    row = heat.measure("token_quant", 3, 256, CPU, HostTimer(reps=1))
+    assert row.errors == {}
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_a_case_is_compiled_as_it_is_measured(tmp_path, monkeypatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CUSTOM_OPS_CACHE_DIR", str(tmp_path))
+    case = next(c for c in quantization.cases(True) if c.name == "token_quant_asymmetric")
+    plan = Plan(CPU, False, False)
+    ahead.compile_case("quantization", case.label, plan, True)
+    counters.clear()
+    row = measure(case, plan, HostTimer(reps=1), 10.0)
+    assert row.errors == {}
+    assert row.fired == {"token_quant_asymmetric": 1}
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2  # stock's graph and the plugin's
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_what_another_process_cannot_compile_is_said_and_left_to_this_one() -> None:
+    done = ahead.run([partial(heat.compile_point, "token_quant", 3, -1, "cpu")], 1, 120.0)
+    assert done.compiled == 0
+    assert len(done.errors) == 1
+    late = ahead.run([partial(time.sleep, 30)], 1, 0.5)
+    assert late.compiled == 0
+    assert late.errors == ["1 left after 0.5 s"]
+    assert late.seconds < 25
+
+
+class Clock:
+    """What each call takes, in the order in which they are timed."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = list(times)
+
+    def warm(self, call) -> float:
+        return self.times.pop(0)
+
+
+def test_a_loss_is_timed_again_and_a_win_is_not() -> None:
+    win = heat.measure("token_quant", 2, 256, CPU, Clock(1.0, 1.0))
+    assert win.warm_us == {"ours": 1.0, "inductor": 1.0}
+    loss = heat.measure("token_quant", 2, 256, CPU, Clock(1.0, 0.9, 2.0, 3.0, 3.0, 4.0))
+    assert loss.warm_us == {"ours": 2.0, "inductor": 3.0}
 
 
 def test_an_unknown_op_names_those_that_exist() -> None:
@@ -123,8 +223,51 @@ def test_the_map_is_drawn_and_embedded_and_is_no_row_of_the_kernels(tmp_path, mo
 
 def test_the_map_turns_no_fusion_on() -> None:
     """The time of the plugin decides, and the map has that of the op alone."""
-    verdict = tuning.verdict("group_quant", [row_of("group_quant", 1, 1024, 2.0)])
-    assert verdict == {"on": False, "why": "not measured", "rows": []}
+    maps = run_of(row_of("group_quant", 1, 1024, 2.0))
+    table = tuning.distil([(maps, row) for row in maps.rows], ["group_quant"])
+    assert table["fusions"] == {"group_quant": {"on": False, "why": "not measured", "rows": []}}
+
+
+def judged(fusion: str, *ratios: float) -> Row:
+    row = Row(fusion, {"tokens": 7}, fusion=fusion, fired={fusion: 1})
+    row.ratios = {"plugin_of_inductor": min(ratios)}
+    return row
+
+
+@given(
+    ratios=st.dictionaries(
+        st.tuples(st.sampled_from(heat.TOKENS), st.sampled_from(heat.WIDTHS)),
+        st.sampled_from((0.5, 0.9, 0.96, 0.97, 1.0, 2.0)),
+        min_size=1,
+    )
+)
+def test_regions_hold_every_point_that_is_behind_and_no_other(ratios) -> None:
+    rows = [row_of("token_quant", *point, ratio) for point, ratio in ratios.items()]
+    run, own = run_of(*rows), run_of(judged("token_quant", 2.0), suite="quantization")
+    pairs = [(run, row) for row in rows] + [(own, row) for row in own.rows]
+    found = tuning.distil(pairs, ["token_quant"])["fusions"]["token_quant"]
+    assert found["on"]
+    regions = found.get("behind", [])
+    for (tokens, width), ratio in ratios.items():
+        inside = [
+            region
+            for region in regions
+            if region["tokens"][0] <= tokens <= region["tokens"][1]
+            and region["width"][0] <= width <= region["width"][1]
+        ]
+        assert len(inside) == (ratio < heat.AHEAD)
+        assert all(region["dtype"] == "float8_e4m3fn" for region in inside)
+    assert all(region["width"][0] >= min(w for _, w in ratios) for region in regions)
+
+
+def test_a_quantization_alone_takes_no_part_of_a_fusion_that_is_behind() -> None:
+    run = run_of(
+        judged("token_quant", 2.0), judged("silu_mul_token_quant", 0.5), suite="quantization"
+    )
+    names = ["token_quant", "silu_mul_token_quant", "group_quant"]
+    found = tuning.distil([(run, row) for row in run.rows], names)["fusions"]
+    assert not found["token_quant"]["on"]
+    assert "silu_mul_token_quant" in found["token_quant"]["why"]
 
 
 @given(tokens=st.integers(1, 9), width=st.sampled_from((128, 256)), data=st.data())

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import moe as mixtures
-from bench import tuning
+from bench import moe_blocks, tuning
 from bench.__main__ import app
 from bench.case import close
 from bench.results import Row, Run
@@ -168,3 +168,32 @@ def test_tune_knows_its_families():
     result = runner.invoke(app, ["tune", "--family", "lora2"])
     assert result.exit_code == 2
     assert "no family" in result.output
+
+
+# --- whole blocks of every model ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_blocks_has_every_model_and_number_of_tokens():
+    chosen = moe_blocks.cases(moe.MODELS.values(), (), ())
+    shown = {(case.name, case.sizes["tokens"]) for case in chosen}
+    wanted = {
+        (f"moe_block_{model.name}_{dtype}", tokens)
+        for model in moe.MODELS.values()
+        for dtype in model.dtypes
+        for tokens in moe.TOKENS
+    }
+    assert shown == wanted
+    assert all(set(case.others) <= {"by_hand", "by_hand_bf16"} and not case.launched for case in chosen)
+    few = moe_blocks.cases([moe.MODELS["mixtral_8x7b"]], ("fp8_block",), (1, 16))
+    assert [case.sizes["tokens"] for case in few] == [1, 16]
+
+
+def test_the_table_of_blocks_says_what_failed():
+    sizes = {"tokens": 1}
+    row = Row("moe_block_mixtral_8x7b_bf16", sizes, warm_us={"plugin": 50.0, "inductor": 100.0})
+    broken = Row("moe_block_mixtral_8x7b_fp8_block", sizes, warm_us={"by_hand_bf16": 50.0})
+    broken.errors["plugin"] = "RuntimeError: no"
+    cells = [list(column.cells) for column in moe_blocks.table([row, broken]).columns]
+    assert cells[0] == ["mixtral_8x7b_bf16", "mixtral_8x7b_fp8_block"]
+    assert cells[3] == ["50.0", "RuntimeError: no"]
+    assert cells[4] == ["2.00", ""]

@@ -30,10 +30,12 @@ from fusion_passes.testing.strategies import (
 from tests.custom_ops.helpers import DEVICE, implementation
 
 SCHEMES = ("group_quant", "token_quant", "tensor_quant", "tensor_quant_static")
+ASYMMETRIC = "token_quant_asymmetric"
+"""Beside SCHEMES, for it has other keywords and outputs."""
 GATES = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu")
 NORMS = ("rms_norm", "add_rms_norm")
 PRODUCERS = (*GATES, *NORMS)
-PAIRS = [(producer, scheme) for producer in PRODUCERS for scheme in SCHEMES]
+PAIRS = [(producer, scheme) for producer in PRODUCERS for scheme in (*SCHEMES, ASYMMETRIC)]
 WEIGHT_MODES = ("rounded", "float32", "float32_plus_one")
 # An implementation to hold against the reference.
 KERNELS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,6 +72,12 @@ class Call:
 @st.composite
 def schemes(draw: st.DrawFn, scheme: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a scheme after the quantized one: all formats, layouts, modes and bounds."""
+    if scheme == ASYMMETRIC:
+        return (), {
+            "min_scale": draw(st.sampled_from((0.0, 1e-5))),
+            "scale_mode": draw(st.sampled_from(SCALE_MODES)),
+            "code_mode": draw(st.sampled_from(CODE_MODES)),
+        }
     options: dict[str, Any] = {
         "dtype": draw(st.sampled_from(CODE_DTYPES)),
         "code_mode": draw(st.sampled_from(CODE_MODES)),

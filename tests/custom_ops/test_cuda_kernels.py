@@ -21,7 +21,7 @@ from custom_ops.normalization import reference as normalization
 from custom_ops.quantization import reference as quantization
 from custom_ops.scales import CODE_DTYPES, CODE_MODES, GROUP_SIZES, SCALE_LAYOUTS, SCALE_MODES
 from tests.custom_ops.helpers import assert_same_bits, outputs
-from tests.custom_ops.schemes import GATES, NORMS, PAIRS, SCHEMES, kernel
+from tests.custom_ops.schemes import ASYMMETRIC, GATES, NORMS, PAIRS, SCHEMES, kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -542,7 +542,7 @@ def test_powers_of_two_are_bitwise(ops, group_size: int, scale_format: str) -> N
         assert_same_bits(run(*args, **options), reference("group_quant", *args, **options))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
 def test_schemes_of_other_shapes_and_addresses(ops, scheme: str) -> None:
     run = kernel(scheme, "cuda")
     base = randn(6, 5, 4, 256, dtype=torch.bfloat16, spread=4)
@@ -559,7 +559,7 @@ def test_schemes_of_other_shapes_and_addresses(ops, scheme: str) -> None:
         assert_same_bits(run(x, *rest_of(scheme)), want)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
 def test_schemes_of_no_elements(ops, scheme: str) -> None:
     """Called as a graph calls it, with no check in Python before it."""
     kernel(scheme, "cuda")
@@ -581,9 +581,10 @@ def test_a_pair_is_the_composition(ops, producer: str, scheme: str, dtype: torch
         inputs = inputs_of(producer, rows, cols, dtype=dtype)
         for group_size in GROUP_SIZES if scheme == "group_quant" else (128,):
             rest = rest_of(scheme, group_size)
-            got = outputs(run(*inputs, *rest, dtype=codes))
+            options = {} if scheme == ASYMMETRIC else {"dtype": codes}
+            got = outputs(run(*inputs, *rest, **options))
             values, *residual = outputs(produce(*inputs))
-            want = outputs(reference(scheme, values, *rest, dtype=codes))
+            want = outputs(reference(scheme, values, *rest, **options))
             assert_same_bits(got, (*want, *residual))
 
 
@@ -614,7 +615,7 @@ def test_gates_are_eagers(ops, producer: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
 def test_schemes_of_more_than_2_to_the_31_elements(ops, scheme: str) -> None:
     """2^31 + 8192 elements: the last row lies past the reach of 32-bit offsets."""
     run = kernel(scheme, "cuda")
@@ -629,13 +630,28 @@ def test_schemes_of_more_than_2_to_the_31_elements(ops, scheme: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("producer", GATES)
+def test_gates_of_more_than_2_to_the_31_elements(ops, producer: str) -> None:
+    cols = 8192
+    x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
+    x.view(torch.int16).random_(0x3C00, 0x4100)
+    numbers = (1.702, 7.0) if producer == "clamped_swiglu" else ()
+    for scheme in ("group_quant", "token_quant", "tensor_quant_static", ASYMMETRIC):
+        run = kernel(f"{producer}_{scheme}", "cuda")
+        rest = (*numbers, *rest_of(scheme))
+        got, want = outputs(run(x, x, *rest)), outputs(run(x[-3:], x[-3:], *rest))
+        assert_same_bits([t[-3:].contiguous() for t in got], [t.contiguous() for t in want])
+        del got
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("producer", NORMS)
 def test_norms_of_more_than_2_to_the_31_elements(ops, producer: str) -> None:
     cols = 8192
     x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
     x.view(torch.int16).random_(0x3C00, 0x4100)
     weight = torch.ones(cols, device="cuda", dtype=torch.bfloat16)
-    for scheme in ("token_quant", "tensor_quant_static"):
+    for scheme in ("token_quant", "tensor_quant_static", ASYMMETRIC):
         run = kernel(f"{producer}_{scheme}", "cuda")
         args = (*((x, x) if producer == "add_rms_norm" else (x,)), weight, EPS, *rest_of(scheme))
         few = [t[-3:] if isinstance(t, Tensor) and t.dim() == 2 else t for t in args]

@@ -23,6 +23,7 @@ from tests.custom_ops.helpers import (
     outputs,
 )
 from tests.custom_ops.schemes import (
+    ASYMMETRIC,
     GATES,
     KERNELS,
     NORMS,
@@ -92,13 +93,14 @@ def test_signature_schema_and_docstring(producer, scheme):
     returns = [r.name for r in op.overload._schema.returns]
     residual = ["residual_out"] if producer == "add_rms_norm" else []
     codes = ["q"] if scheme == "tensor_quant_static" else ["q", "scale"]
+    codes += ["zero_point"] if scheme == ASYMMETRIC else []
     assert returns == codes + residual or returns == [""]
     assert op.public.__doc__.startswith(f"`{scheme}({producer}(...), ...)` as one op.")
     assert op.public.__module__ == before.public.__module__
 
 
 @every_kernel
-@pytest.mark.parametrize("scheme", ["group_quant", "token_quant"])
+@pytest.mark.parametrize("scheme", ["group_quant", "token_quant", ASYMMETRIC])
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_a_row_gives_the_same_bits_in_any_batch(producer, scheme, which):
     torch.manual_seed(0)

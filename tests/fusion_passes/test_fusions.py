@@ -68,6 +68,9 @@ def test_each_pattern_is_equivalent(name, data, drawn, dtype, seed, eps):
     if pattern.inputs.keys() >= {"a", "b", "x"}:
         drawn["num_tokens"] += 1  # a row times the column of an adapter of rank 1 is a sum on a CPU
     scalars = {"eps": eps, "min_amax": 1e-10, "alpha": 1.702, "limit": 1.0, "scaling": 0.7}
+    if name.endswith("asymmetric"):  # of a token of zeros eager makes the zero point of 0 / 0
+        scalars["limit"] = 7.0
+        drawn["hidden_size"] += 2
     only = dataclasses.replace(fusion, patterns=(pattern,))
     (result,) = assert_fusion_equivalent(only, sizes=drawn, dtype=dtype, seed=seed, scalars=scalars)
     assert [site.pattern for site in result.report.sites] == [pattern.name]

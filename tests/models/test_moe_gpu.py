@@ -19,8 +19,9 @@ pytest.importorskip("transformers", reason="needs the extra 'models'")
 LAYERS = 2
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+def errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of each token: where two experts have nearly one score, either may be taken, and that token is another one."""
+    return (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
@@ -45,7 +46,9 @@ def test_one_line(
     assert report.matches.items() >= {ROUTERS[kind]: LAYERS, "fused_moe": LAYERS}.items(), report
     chosen = {name for site in report.sites for name in site.implementations}
     assert not any(name.endswith(":reference") for name in chosen), chosen
-    assert error(actual, expected) < (0.05 if scheme == "bf16" else 0.15)
+    far = errors(actual, expected)
+    assert float(far.median()) < (0.05 if scheme == "bf16" else 0.15), far
+    assert float((far > 0.5).double().mean()) <= 0.05, far
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
@@ -92,6 +95,5 @@ def test_the_block_waits_for_nothing(
             torch.cuda.set_sync_debug_mode("default")
     report = fusion_passes.report()
     assert report.matches["fused_moe"] == report.matches[ROUTERS[kind]] == 1, report
-    # by token, as a tie between experts may fall to either
-    far = (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    far = errors(actual, expected)
     assert float(far.median()) < (0.01 if scheme == "bf16" else 0.05), far

@@ -78,9 +78,14 @@ def test_every_adapter_is_found(kind: str, adapter: str) -> None:
     result = fuse(adapted(kind, adapter), tokens(7), use_cache=False, only=everything())
     norms = {"llama": 1, "qwen3": 1 + 2 * LAYERS}[kind]
     expected = {"lora_linear": 7 * LAYERS, "add_rms_norm": 2 * LAYERS, "rms_norm": norms}
-    assert result.report.matches == expected | {"silu_mul": LAYERS}, result.report
+    # q, k and v; gate and up: a site for each that joins another
+    expected |= {"silu_mul": LAYERS, "shared_lora_shrink": 3 * LAYERS}
+    assert result.report.matches == expected, result.report
     assert set(implementations(result.report)) == {"lora_linear_single:reference"}
     assert not [m for m in result.report.near_misses if m.fusion == "lora_linear"]
+    targets = [str(node.target) for node in result.after.graph.nodes]
+    assert targets.count("custom_ops.lora_linears_single.default") == 2 * LAYERS
+    assert targets.count("custom_ops.lora_linear_single.default") == 2 * LAYERS  # o and down
     (eager,), (actual,), (judge,) = result.expected, result.actual, result.judge
     assert verify.difference(eager, actual) is None
     ours, eagers = (

@@ -19,14 +19,20 @@ PRELOADED = ["torch", "custom_ops", "tests.custom_ops.expert_parallel.properties
 
 
 def spawn(
-    work: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout_s: float = TIMEOUT_S
+    work: Callable[..., Any],
+    ranks: int,
+    folder: Path,
+    *args: Any,
+    timeout_s: float = TIMEOUT_S,
+    backend: str = "gloo",
 ) -> list[Any]:
     """work(group, rank, *args) in each of so many processes; what each returned, "died" where it returned nothing.
 
-    work must be a function of a module. One that raises returns its traceback as a string.
+    work must be a function of a module. One that raises returns its traceback as a string. backend: with "nccl", each
+    rank has a GPU of its own.
     """
     folder = Path(tempfile.mkdtemp(dir=folder))
-    given = (work, ranks, folder, timeout_s, args)
+    given = (work, ranks, folder, timeout_s, backend, args)
     # Ranks are forked off a process that has imported what they need and done nothing else.
     multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(_rank, given, nprocs=ranks, start_method="forkserver")
@@ -40,13 +46,17 @@ def _rank(
     ranks: int,
     folder: Path,
     timeout_s: float,
+    backend: str,
     args: tuple[Any, ...],
 ) -> None:
     # The interpreter of Triton takes seconds for what the reference does at once.
     os.environ |= {"CUSTOM_OPS_DISABLE": "triton", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
+    if backend == "nccl":
+        del os.environ["CUSTOM_OPS_DISABLE"]
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=ranks,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import custom_ops
 from custom_ops.expert_parallel import ExchangeError
+from custom_ops.expert_parallel.agreement import CHANNELS
 from tests.custom_ops.helpers import assert_same_bits
 
 FP8 = torch.float8_e4m3fn
@@ -30,6 +33,8 @@ class Case:
     groups: int = 0
     ids_dtype: torch.dtype = torch.int64
     weights_dtype: torch.dtype = torch.float32
+    max_tokens: int = 0
+    distinct: bool = False  # the experts of a token, which are then of all
     seed: int = 0
 
     def inputs(self, rank: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -42,11 +47,16 @@ class Case:
             scale = torch.rand(self.groups, tokens, generator=generator).t()
         shape = tokens, self.top_k
         ids = torch.randint(self.lowest, self.highest, shape, generator=generator)
+        if self.distinct:
+            scores = torch.rand(tokens, self.experts, generator=generator)
+            ids = torch.where(ids < 0, ids, scores.argsort(1)[:, : self.top_k])
         weights = torch.rand(shape, generator=generator).to(self.weights_dtype)
         return x, scale, ids.to(self.ids_dtype), weights
 
 
-def draw(ranks: int, seed: int, most_tokens: int = 6) -> Case:
+def draw(
+    ranks: int, seed: int, most_tokens: int = 6, hiddens: tuple[int, ...] = (1, 3, 8, 16)
+) -> Case:
     """A random case: ranks and experts without tokens, ids that repeat or name nobody, one rank that gets all."""
     r = random.Random(f"{ranks}/{seed}")
     local = r.choice((1, 2, 4))
@@ -66,13 +76,14 @@ def draw(ranks: int, seed: int, most_tokens: int = 6) -> Case:
         tokens=tuple(tokens),
         experts=experts,
         top_k=r.randint(1, 4),
-        hidden=r.choice((1, 3, 8, 16)),
+        hidden=r.choice(hiddens),
         lowest=lowest,
         highest=highest,
         dtype=r.choice((torch.float32, torch.bfloat16, torch.float16, FP8, torch.int8)),
         groups=r.choice((0, 0, 1, 3)),
         ids_dtype=r.choice((torch.int32, torch.int64)),
         weights_dtype=r.choice((torch.float32, torch.bfloat16)),
+        max_tokens=r.choice((0, 0, max(1, *tokens), most_tokens)),
         seed=seed,
     )
 
@@ -111,53 +122,113 @@ def expect(case: Case, rank: int) -> list[Tensor]:
     return [*found, torch.tensor(counts, dtype=torch.int32)]
 
 
+def expect_handle(case: Case, rank: int) -> list[Tensor]:
+    """sent, sources, ranks and channels of a rank, token by token."""
+    ranks = len(case.tokens)
+    local = case.experts // ranks
+    sent_to = torch.zeros(ranks, ranks, dtype=torch.int32)
+    sent = torch.full((case.tokens[rank], ranks), -1, dtype=torch.int32)
+    sources: list[int] = []
+    channels = torch.zeros(ranks, CHANNELS, dtype=torch.int32)
+    for source, tokens in enumerate(case.tokens):
+        named = case.inputs(source)[2].tolist()
+        each = -(-tokens // CHANNELS)
+        for target in range(ranks):
+            places = [0] * CHANNELS
+            for token in range(tokens):
+                if all(expert // local != target for expert in named[token]):
+                    continue
+                if source == rank:
+                    sent[token, target] = places[token // each]
+                if target == rank:
+                    sources.append(token)
+                places[token // each] += 1
+            sent_to[source, target] = sum(places)
+            if target == rank:
+                channels[source] = torch.tensor([sum(places[:c]) for c in range(CHANNELS)])
+    return [sent, torch.tensor(sources, dtype=torch.int32), sent_to.cumsum(0).int(), channels]
+
+
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Same dtype, shape, strides and bytes."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     assert actual.is_contiguous()
     if actual.numel():
+        actual = actual.cpu()
         assert torch.equal(actual.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
-def check(case: Case, group: str, rank: int) -> None:
-    """Dispatch against the tokens one by one; combine of rows times a number of each rank against their sum."""
+def check(
+    case: Case, group: str, rank: int, device: str = "cpu", elastic: bool = False
+) -> set[str]:
+    """Dispatch against the tokens one by one; combine of rows times a number of each rank against their sum.
+
+    Returns which implementations ran. elastic: only so much of the handle as ElasticBuffer knows.
+    """
     ranks, local = len(case.tokens), case.experts // len(case.tokens)
     x, scale, ids, weights = case.inputs(rank)
-    *received, splits, row_of = custom_ops.ep_dispatch(x, scale, ids, weights, case.experts, group)
-    for actual, wanted in zip(received, expect(case, rank), strict=True):
-        assert_same(actual, wanted)
+    args = [t if t is None else t.to(device) for t in (x, scale, ids, weights)]
+    most = {"max_tokens": case.max_tokens} if case.max_tokens else {}
+    out = custom_ops.ep_dispatch(*args, case.experts, group, **most)
+    used = {name_of("ep_dispatch", *args, case.experts, group, **most)}
+    handle = out[5:]
+    expected = expect(case, rank)
+    arrived = len(expected[0])
+    assert len(out[0]) == len(handle[1]) == (ranks * case.max_tokens or arrived)
+    assert (out[2][arrived:] == -1).all()
+    for actual, wanted in zip(out[:4], expected, strict=False):
+        assert_same(actual[:arrived] if len(actual) else actual, wanted)
+    assert_same(out[4], expected[4])
 
     owners = torch.where((ids >= 0) & (ids < case.experts), ids // local, ranks)
     goes = torch.stack([(owners == r).any(1) for r in range(ranks)], 1)
-    assert splits.dtype == row_of.dtype == torch.int32
-    assert splits[0].tolist() == goes.sum(0).tolist()
-    assert int(splits[1].sum()) == len(received[0])
-    assert torch.equal(row_of >= 0, goes)
+    whole = (handle[0], handle[1][:arrived], *handle[2:])
+    if elastic:
+        whole = (*whole[:2], whole[2][:, rank].contiguous())
+    for actual, wanted in zip(whole, expect_handle(case, rank), strict=not elastic):
+        own = wanted[:, rank] if elastic and wanted.shape == (ranks, ranks) else wanted
+        assert_same(actual, own if actual.dim() == 1 else wanted)
+    before = [tensor.clone() for tensor in handle]
 
     dtype = (
         case.dtype if case.dtype.itemsize > 1 and case.dtype.is_floating_point else torch.float32
     )
-    rows = received[0].to(dtype) * (rank + 1)
+    rows = out[0].to(dtype) * (rank + 1)
     total = torch.zeros(x.shape)
     for r in range(ranks):
         total += torch.where(goes[:, r : r + 1], (x.to(dtype) * (r + 1)).float(), 0.0)
-    assert_same_bits(custom_ops.ep_combine(rows, splits, row_of, group), total.to(dtype))
+    combined = custom_ops.ep_combine(rows, *handle, group, **most)
+    assert_same_bits(combined.cpu(), total.to(dtype))
+    for actual, wanted in zip(handle, before, strict=True):
+        assert_same(actual, wanted.cpu())
+    return used | {name_of("ep_combine", rows, *handle, group, **most)}
 
 
-def random_routings(group: str, rank: int, ranks: int, first: int, count: int) -> int:
+def name_of(op: str, *args: Any, **kwargs: Any) -> str:
+    """The implementation that runs, with the op."""
+    choice = custom_ops.explain(op, *args, **kwargs)
+    assert choice.implementation is not None
+    return f"{op} {choice.implementation.name}"
+
+
+def random_routings(
+    group: str, rank: int, ranks: int, first: int, count: int, device: str = "cpu", **sizes: Any
+) -> Counter[str]:
+    """Random cases; how often each implementation ran."""
+    used: Counter[str] = Counter()
     for seed in range(first, first + count):
-        case = draw(ranks, seed)
+        case = draw(ranks, seed, **sizes)
         try:
-            check(case, group, rank)
+            used.update(check(case, group, rank, device))
         except Exception as error:
             raise AssertionError(f"{case}") from error
-    return count
+    return used
 
 
 def named_cases(ranks: int) -> dict[str, Case]:
     """Those that the issue names, whatever the draws are."""
     few = tuple(3 + r for r in range(ranks))
-    base = {"experts": 2 * ranks, "top_k": 3, "hidden": 128}
+    base = {"experts": 2 * ranks, "top_k": 3, "hidden": 256}
     return {
         "every expert": Case(few, **base, lowest=0, highest=2 * ranks),
         "no tokens on rank 0": Case((0, *few[1:]), **base, lowest=0, highest=2 * ranks),
@@ -167,27 +238,29 @@ def named_cases(ranks: int) -> dict[str, Case]:
         "one expert has all": Case(few, **base, lowest=0, highest=1),
         "nobody's experts": Case(few, **base, lowest=-1, highest=0),
         "codes and scales": Case(few, 2 * ranks, 3, 384, 0, 2 * ranks, dtype=FP8, groups=3),
+        "room for more": Case(few, **base, lowest=0, highest=2 * ranks, max_tokens=3 * ranks),
+        "no tokens, but room": Case((0,) * ranks, **base, lowest=0, highest=2, max_tokens=2),
     }  # fmt: skip
 
 
-def named(group: str, rank: int, ranks: int) -> list[str]:
+def named(group: str, rank: int, ranks: int, device: str = "cpu") -> list[str]:
     for name, case in named_cases(ranks).items():
         try:
-            check(case, group, rank)
+            check(case, group, rank, device)
         except Exception as error:
             raise AssertionError(name) from error
     return list(named_cases(ranks))
 
 
-def every_code(group: str, rank: int, ranks: int) -> int:
+def every_code(group: str, rank: int, ranks: int, device: str = "cpu") -> int:
     """All 256 codes of float8, NaN included, and scales of every kind, to every rank."""
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
     scale = torch.tensor([[float("inf")], [-0.0]])
     ids = torch.arange(ranks).expand(2, ranks)
-    args = (codes.view(FP8), scale, ids, torch.ones(2, ranks), ranks, group)
-    recv_x, recv_scale, *_ = custom_ops.ep_dispatch(*args)
-    assert torch.equal(recv_x.view(torch.uint8), codes.repeat(ranks, 1))
-    assert_same_bits(recv_scale, scale.repeat(ranks, 1))
+    args = [t.to(device) for t in (codes.view(FP8), scale, ids, torch.ones(2, ranks))]
+    recv_x, recv_scale, *_ = custom_ops.ep_dispatch(*args, ranks, group)
+    assert torch.equal(recv_x.cpu().view(torch.uint8), codes.repeat(ranks, 1))
+    assert_same_bits(recv_scale.cpu(), scale.repeat(ranks, 1))
     return recv_x.shape[0]
 
 
@@ -213,12 +286,12 @@ def compiled_layer(group: str, rank: int, ranks: int, backend: str | None) -> li
     mine = slice(2 * rank, 2 * rank + 2)
 
     def layer(x: Tensor, weights: Tensor, ids: Tensor, local: tuple[Tensor, Tensor]) -> Tensor:
-        recv_x, _, recv_ids, recv_weights, _, splits, row_of = custom_ops.ep_dispatch(
+        recv_x, _, recv_ids, recv_weights, _, *handle = custom_ops.ep_dispatch(
             x, None, ids, weights, count, group
         )
         moe = custom_ops.fused_moe if x.dtype == torch.bfloat16 else experts
         y = moe(recv_x, *local, recv_weights, recv_ids)
-        return custom_ops.ep_combine(y, splits, row_of, group)
+        return custom_ops.ep_combine(y, *handle, group)
 
     done = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -289,12 +362,13 @@ def mismatches(group: str, rank: int, ranks: int) -> list[str]:
         with pytest.raises(ExchangeError) as caught:
             dispatch(**(other if last else {}))
         said.append(str(caught.value))
-    received, *_, splits, row_of = dispatch()
+    out = dispatch()
+    received, handle = out[0], out[5:]
     with pytest.raises(ExchangeError) as caught:
-        custom_ops.ep_combine(received, splits, row_of, group) if last else dispatch()
+        custom_ops.ep_combine(received, *handle, group) if last else dispatch()
     said.append(str(caught.value))
     with pytest.raises(ExchangeError) as caught:
-        custom_ops.ep_combine(received.bfloat16() if last else received, splits, row_of, group)
+        custom_ops.ep_combine(received.bfloat16() if last else received, *handle, group)
     said.append(str(caught.value))
-    assert torch.equal(custom_ops.ep_combine(received, splits, row_of, group), torch.ones(3, 8))
+    assert torch.equal(custom_ops.ep_combine(received, *handle, group), torch.ones(3, 8))
     return said

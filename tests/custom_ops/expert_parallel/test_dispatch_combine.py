@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 
 import custom_ops
 from custom_ops.expert_parallel import ExchangeError
+from custom_ops.expert_parallel.agreement import CHANNELS
 from tests.custom_ops.expert_parallel import properties
 from tests.custom_ops.expert_parallel.processes import spawn
 
@@ -54,7 +55,7 @@ def test_every_rank_finds_what_it_expects(everything_of, ranks):
         assert isinstance(found, dict), found
         assert found["named"] == list(properties.named_cases(ranks))
         assert found["every code"] == 2 * ranks
-        assert found["random"] == ROUTINGS[ranks]
+        assert found["random"]["ep_dispatch reference"] == ROUTINGS[ranks]
         assert found["uneven"].startswith(
             f"ep_dispatch: num_experts is {ranks + 1}; accepted: a multiple of the {ranks} ranks of group"
         )
@@ -93,7 +94,7 @@ def left_alone(group: str, rank: int, ranks: int, op: str, how: str) -> tuple[st
     """One round, then the last rank dies or stays away; the message that the others get, and after how long."""
     x, ids = torch.ones(3, 8), torch.arange(ranks).expand(3, ranks)
     args = (x, None, ids, torch.ones(3, ranks), ranks, group)
-    received, *_, splits, row_of = custom_ops.ep_dispatch(*args)
+    out = custom_ops.ep_dispatch(*args)
     if rank == ranks - 1:
         if how == "died":
             os._exit(0)
@@ -102,7 +103,7 @@ def left_alone(group: str, rank: int, ranks: int, op: str, how: str) -> tuple[st
     started = time.monotonic()
     again = {
         "ep_dispatch": lambda: custom_ops.ep_dispatch(*args),
-        "ep_combine": lambda: custom_ops.ep_combine(received, splits, row_of, group),
+        "ep_combine": lambda: custom_ops.ep_combine(out[0], *out[5:], group),
     }
     with pytest.raises(ExchangeError) as caught:
         again[op]()
@@ -143,8 +144,9 @@ def arguments(group: str, dtype: torch.dtype = torch.bfloat16, scales: int = 0) 
 def test_opcheck(alone, scales):
     args = arguments(alone, scales=scales)
     torch.library.opcheck(torch.ops.custom_ops.ep_dispatch.default, args)
-    y, *_, splits, row_of = custom_ops.ep_dispatch(*args)
-    torch.library.opcheck(torch.ops.custom_ops.ep_combine.default, (y, splits, row_of, alone))
+    torch.library.opcheck(torch.ops.custom_ops.ep_dispatch.default, args, {"max_tokens": 5})
+    out = custom_ops.ep_dispatch(*args)
+    torch.library.opcheck(torch.ops.custom_ops.ep_combine.default, (out[0], *out[5:], alone))
 
 
 @pytest.mark.parametrize("scales", [0, 2])
@@ -162,7 +164,8 @@ def test_fakes_have_the_shapes_and_strides_of_kernels(alone, dtype, scales):
     rows = faked[0].shape[0]
     assert free_unbacked_symbols(rows)
     assert not env.guards
-    wanted = [(rows, 16), (rows, 2) if scales else (0,), (rows, 2), (rows, 2), (4,), (2, 1), (3, 1)]
+    wanted = [(rows, 16), (rows, 2) if scales else (0,), (rows, 2), (rows, 2), (4,)]
+    wanted += [(3, 1), (rows,), (1, 1), (1, CHANNELS)]
     for r, f, shape in zip(real, faked, wanted, strict=True):
         assert f.shape == shape
         assert (r.dtype, r.device, r.dim()) == (f.dtype, f.device, f.dim())
@@ -170,6 +173,20 @@ def test_fakes_have_the_shapes_and_strides_of_kernels(alone, dtype, scales):
         assert f.stride()[-1:] == (1,)
         assert [n for n in r.shape if n != 3] == [n for n in shape if n is not rows and n != 3]
     assert combined.shape == (3, 16)
+
+
+@pytest.mark.parametrize("scales", [0, 2])
+def test_room_for_the_most_tokens_makes_every_size_known(alone, scales):
+    args = arguments(alone, torch.float8_e4m3fn, scales)
+    real = custom_ops.ep_dispatch(*args, max_tokens=5)
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env) as mode:
+        fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        faked = custom_ops.ep_dispatch(*fake, max_tokens=5)
+    assert not env.guards
+    assert len(real[0]) == 5
+    for r, f in zip(real, faked, strict=True):
+        assert (r.dtype, r.shape, r.stride(), r.device) == (f.dtype, f.shape, f.stride(), f.device)
 
 
 def test_the_graph_is_partitioned_around_them():
@@ -183,17 +200,22 @@ def test_explain(alone):
 
 
 def test_the_rows_of_another_dispatch_are_refused(alone):
-    y, *_, splits, row_of = custom_ops.ep_dispatch(*arguments(alone))
-    with pytest.raises(
-        ValueError, match=r"ep_combine: y has 2 rows; accepted: 3, as were received"
-    ):
-        custom_ops.ep_combine(y[:2], splits, row_of, alone)
+    y, *_, sent, sources, ranks, channels = custom_ops.ep_dispatch(*arguments(alone))
+    match = r"ep_combine: y has 2 rows; accepted: 3, as were received"
+    with pytest.raises(ValueError, match=match):
+        custom_ops.ep_combine(y[:2], sent, sources, ranks, channels, alone)
+    with pytest.raises(ValueError, match=match):
+        custom_ops.ep_combine(y[:2], sent, sources[:2], ranks, channels, alone)
 
 
 def bad_calls(group: str) -> dict:
     x, _, ids, w, *_ = arguments(group)
-    scale, splits = torch.rand(3, 2), torch.zeros(2, 1, dtype=torch.int32)
-    row_of, dispatch, combine = splits[:1], custom_ops.ep_dispatch, custom_ops.ep_combine
+    scale, dispatch, combine = torch.rand(3, 2), custom_ops.ep_dispatch, custom_ops.ep_combine
+    most = functools.wraps(dispatch)(functools.partial(dispatch, max_tokens=2))
+    sizes = {"sent": (3, 1), "sources": (3,), "ranks": (1, 1), "channels": (1, CHANNELS)}
+    handle = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()}
+    two_ranks = handle | {"ranks": torch.zeros(2, 1, dtype=torch.int32)}
+    long = handle | {"sent": handle["sent"].long()}
     return {
         "dtype": (dispatch, (x.double(), None, ids, w, 4, group), "x.dtype is torch.float64; acc"),
         "dims": (dispatch, (x[0], None, ids, w, 4, group), "x has 1 dimensions; accepted: 2"),
@@ -207,10 +229,11 @@ def bad_calls(group: str) -> dict:
         "scale": (dispatch, (x, scale[:2], ids, w, 4, group), r"scale.shape is \(2, 2\); accepted"),
         "scale dtype": (dispatch, (x, scale.half(), ids, w, 4, group), "scale.dtype is torch.floa"),
         "experts": (dispatch, (x, None, ids, w, 0, group), "num_experts is 0; accepted: 1 or more"),
+        "max_tokens": (most, (x, None, ids, w, 4, group), "x has 3 tokens; accepted: at most max"),
         "group": (dispatch, (x, None, ids, w, 4, "nobody"), "group is 'nobody'; accepted: the gr"),
-        "y": (combine, (x.to(torch.int8), splits, row_of, group), "y.dtype is torch.int8; accep"),
-        "splits": (combine, (x, splits.T, row_of, group), r"splits.shape is \(1, 2\); accepted"),
-        "row_of": (combine, (x, splits, row_of.long(), group), "row_of.dtype is torch.int64; acc"),
+        "y": (combine, (x.to(torch.int8), *handle.values(), group), "y.dtype is torch.int8; accep"),
+        "ranks": (combine, (x, *two_ranks.values(), group), r"ranks.shape is \(2, 1\); accepted"),
+        "sent": (combine, (x, *long.values(), group), "sent.dtype is torch.int64; accepted"),
     }
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import custom_ops
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, fake_mode, implementation
-from tests.custom_ops.lora.cases import Batch, adapters, batches, normal, singles
+from tests.custom_ops.lora.cases import Batch, adapters, batches, exact_base, normal, singles
 
 WHICH = ("reference", "triton")
 FLOAT32 = 2.0**-24
@@ -30,11 +30,11 @@ def assert_within(out, exact, bound):
     assert not (bad & (exact.abs() < 0.9 * info.max) & (bound < info.max)).any()
 
 
-def assert_expanded(out, base, delta, magnitude):
-    """base, then the low-rank product in float32, and one rounding."""
+def assert_expanded(out, base, delta, magnitude, slack=0.0):
+    """base, then the low-rank product in float32, and one rounding. slack: what the base may be off by."""
     exact = base.double().reshape(delta.shape) + delta
-    step = 0.51 * torch.finfo(out.dtype).eps * exact.abs()
-    assert_within(out.reshape(delta.shape), exact, step + SPLIT * magnitude)
+    step = 0.51 * torch.finfo(out.dtype).eps * (exact.abs() + slack)
+    assert_within(out.reshape(delta.shape), exact, step + SPLIT * magnitude + slack)
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -66,19 +66,19 @@ def test_expand_against_float64(which, batch: Batch, add: bool):
 @given(batch=batches())
 @few
 def test_linear_and_add_against_float64(which, batch: Batch):
-    # An open question, not a property: twice, in whole runs of the suite, tokens without an adapter differed in float16
-    # from PyTorch's product of the same rows. Neither memory that nobody wrote, nor strides or threads are the cause.
-    assume(DEVICE != "cpu" or batch.x.dtype is not torch.float16)
     out = implementation("lora_linear", which)(*batch.linear)
     delta, magnitude = batch.exact_expand(*batch.exact_shrink())
+    exact, slack, _ = exact_base(batch)
+    if DEVICE == "cpu":  # a BLAS for GPUs may round more: see test_gpu.py
+        assert_expanded(out, exact, delta, magnitude, slack)
     base = batch.base()
-    assert_expanded(out, base, delta, magnitude)
-    idle = [slot < 0 or int(batch.ranks[slot]) == 0 for slot in batch.slots]
-    assert torch.equal(out.reshape(-1, out.shape[-1])[idle], base.reshape(-1, out.shape[-1])[idle])
     added = implementation("lora_add", which)(
         *(batch.x, base, batch.a, batch.b, batch.scaling, batch.ranks, *batch.tensors)
     )
     assert_expanded(added, base, delta, magnitude)
+    idle = [slot < 0 or int(batch.ranks[slot]) == 0 for slot in batch.slots]
+    columns = base.shape[-1]
+    assert torch.equal(added.reshape(-1, columns)[idle], base.reshape(-1, columns)[idle])
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -86,15 +86,20 @@ def test_linear_and_add_against_float64(which, batch: Batch):
 @few
 def test_single_against_float64(which, call):
     out = implementation("lora_linear_single", which)(*call.args)
-    exact, magnitude = call.exact()
+    delta, magnitude = call.exact_delta()
     assert out.is_contiguous()
     eps = torch.finfo(out.dtype).eps
     # a 16-bit adapter is rounded after each of three steps; both round the result
     steps = 4 * eps if call.a.dtype == out.dtype else SPLIT
-    assert_within(out, exact, steps * magnitude + 0.51 * eps * exact.abs())
+    if DEVICE == "cpu":  # a BLAS for GPUs may round more: see test_gpu.py
+        exact, slack, _ = exact_base(call)
+        bound = slack + steps * (magnitude + exact.abs()) + 0.51 * eps * (exact + delta).abs()
+        assert_within(out, exact + delta, bound)
     base = torch.nn.functional.linear(call.x, call.weight, call.bias)
     added = implementation("lora_add_single", which)(call.x, base, call.a, call.b, call.scaling)
-    assert_within(added, exact, steps * magnitude + 0.51 * eps * exact.abs())
+    wide = base.double()
+    bound = steps * (magnitude + wide.abs()) + 0.51 * eps * (wide + delta).abs()
+    assert_within(added, wide + delta, bound)
 
 
 @given(call=singles(integers=True))

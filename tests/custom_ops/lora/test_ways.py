@@ -59,7 +59,11 @@ def rows(monkeypatch):
         (("single", 1, 4096, 4096, 16), ("decode 64x2", "apart")),
         (("single", 2, 4096, 4096, 16), ("prefill", "fused", "apart")),
         (("single", 9000, 4096, 4096, 16), ("prefill", "fused", "apart")),
-        (("single", 1, 512, 1024, 8), ("apart", "decode 64x4")),
+        (("single", 40, 512, 1024, 8), ("apart", "decode 64x4")),
+        # another size was measured with such a number of tokens, this one was not
+        (("single", 1, 1024, 4096, 16), ("decode 64x2", "apart")),
+        (("single", 1000, 1024, 2048, 16), ("prefill", "fused", "apart")),
+        (("single", 60, 1024, 1024, 32), ("apart", "decode 64x4")),
         (("batch", 1, 1, 1, 1), ("decode 128x4", "apart")),
         (("single float32", 1, 4096, 4096, 16), ()),
     ],

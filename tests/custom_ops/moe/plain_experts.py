@@ -62,7 +62,8 @@ def tokens(problem: Problem, prepared: Prepared) -> Tensor:
 
 
 def _nowhere(problem: Problem, rows: int) -> Tensor:
-    return problem.hidden_states.new_full((rows, problem.sizes.hidden_size), float("nan"))
+    shape = rows, problem.sizes.hidden_size
+    return problem.hidden_states.new_full(shape, float("nan"), dtype=problem.dtype)
 
 
 def _take(prepared: Prepared, rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -105,6 +105,7 @@ def test_declarations_use_the_vocabulary():
     for experts in EVERY:
         assert experts.output_format in parts.OUTPUT_FORMATS
         assert experts.weights in parts.WEIGHTS
+        assert experts.gate_up in parts.GATE_UP
     assert {f.activation_format for f in FINALIZES} == set(parts.OUTPUT_FORMATS)
     for group in (PREPARES, EVERY, FINALIZES):
         assert len({part.name for part in group}) == len(group)

@@ -308,6 +308,16 @@ def test_warps_with_roles_give_the_same_bits(weights, tokens):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_asking_for_weights_ahead_changes_no_bit(weights, routing):
+    problem = Shape(64, 2, 24, 512, 384, weights=weights, routing=routing).problem("cuda")
+    tile = Tile(128, 128, 4, 2, True)
+    asking = dataclasses.replace(tile, ahead=4)
+    assert_same_bits(run(problem, 16, asking, asking), run(problem, 16, tile, tile))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_captured_in_a_cuda_graph_without_synchronization(weights):
     problem = dataclasses.replace(PLAIN, hidden=256, intermediate=256, weights=weights).problem()
     expected = run(problem, 16)

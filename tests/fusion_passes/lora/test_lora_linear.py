@@ -149,9 +149,15 @@ class Several(nn.Module):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_several_linears_on_one_activation(share: bool) -> None:
-    result = fuse_all(Several(torch.float32, share).eval(), random(2, 3, 24))
+    module, x = Several(torch.float32, share).eval(), random(2, 3, 24)
+    result = fuse(module, x, only=[LORA])
     assert result.report.matches == {"lora_linear": 3}
     assert ops(result) == ["lora_linear_single"] * 3
+    together = fuse_all(module, x)
+    assert together.report.matches == {"lora_linear": 3, "shared_lora_shrink": 1}
+    assert ops(together) == ["lora_linears_single", "lora_linear_single"]  # ranks 4, 4 and 8
+    for one, other in zip(together.actual, result.actual, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_two_adapters_at_once() -> None:

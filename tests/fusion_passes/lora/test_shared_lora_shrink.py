@@ -1,4 +1,4 @@
-"""The adapters of linears that read one activation shrink it once."""
+"""The adapters of linears that read one activation shrink it once: those of a batch, and PEFT's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from fusion_passes import settings, torch_internals
 from fusion_passes.lora import AdapterManager
 from fusion_passes.quantize import Fp8BlockLinear
 from fusion_passes.reporting import Report
-from tests.fusion_passes.helpers import everything, random
+from fusion_passes.testing import fuse
+from tests.fusion_passes.helpers import everything, fuse_all, random
+from tests.fusion_passes.lora.test_lora_linear import Adapted
 from tests.fusion_passes.test_fusions import few
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -142,3 +144,88 @@ def test_a_slot_that_is_made_between_the_two_is_left_alone() -> None:
     with manager.step(["0"], 3):
         _, report, _ = rewritten(call, random(3, 128))
     assert "shared_lora_shrink" not in report.matches
+
+
+# PEFT's layers
+
+
+class Layers(nn.Module):
+    """Layers on one activation, some of them after something else was done to it."""
+
+    def __init__(self, ranks: list[int], adapter: torch.dtype | None, biases: list[bool]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Adapted(24, 8 * (index + 1), rank, 0.5 * (index + 1), adapter=adapter, bias=bias)
+            for index, (rank, bias) in enumerate(zip(ranks, biases, strict=True))
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+def merged(result: Any) -> list[fx.Node]:
+    return [n for n in result.after.graph.nodes if "lora_linears_single" in str(n.target)]
+
+
+@few(12)
+@given(
+    ranks=st.lists(st.sampled_from((2, 4, 8)), min_size=1, max_size=4),
+    adapter=st.sampled_from((None, torch.float32)),
+    lead=st.sampled_from(((5,), (2, 3))),
+    data=st.data(),
+)
+def test_layers_of_peft_with_one_rank_become_one_op(
+    ranks: list[int], adapter: torch.dtype | None, lead: tuple[int, ...], data: Any
+) -> None:
+    biases = [data.draw(st.booleans()) for _ in ranks]
+    module = Layers(ranks, adapter, biases).eval()
+    x = random(*lead, 24)
+    result = fuse_all(module, x)
+    apart = fuse(module, x, only=[f for f in everything() if f.name != "shared_lora_shrink"])
+    alike = [ranks.count(rank) for rank in set(ranks) if ranks.count(rank) > 1]
+    assert sorted(len(node.args[1]) for node in merged(result)) == sorted(alike)
+    assert result.report.matches.get("shared_lora_shrink", 0) == sum(alike) - len(alike)
+    for one, other in zip(result.actual, apart.actual, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_symbolic_tokens_of_peft() -> None:
+    x = random(1, 5, 24)
+    torch._dynamo.mark_dynamic(x, 1)
+    result = fuse_all(Layers([4, 4], torch.float32, [False, True]).eval(), x)
+    (node,) = merged(result)
+    assert len(node.args[1]) == 2
+    assert [n.args for n in result.after.graph.nodes if "getitem" in str(n.target)] == [
+        (node, 0),
+        (node, 1),
+    ]
+
+
+def other_input(module: Layers, x: Tensor) -> tuple[Tensor, ...]:
+    first, second = module.layers
+    return first(x), second(x.sin())
+
+
+def weight_made_in_between(module: Layers, x: Tensor) -> tuple[Tensor, ...]:
+    first, second = module.layers
+    out = first(x)
+    wide = second.lora_B.weight * out.float().mean().sign()
+    delta = torch.nn.functional.linear(second.lora_A(x), wide.bfloat16()) * 0.5
+    return out, second.base_layer(x) + delta
+
+
+@pytest.mark.parametrize("call", [other_input, weight_made_in_between])
+def test_layers_of_peft_that_share_nothing_stay(call: Callable[..., Any]) -> None:
+    module = Layers([4, 4], None, [False, False]).eval()
+    result = fuse_all(lambda x: call(module, x), random(5, 24))
+    assert result.report.matches["lora_linear"] == 2
+    assert "shared_lora_shrink" not in result.report.matches
+
+
+def test_adapters_of_two_dtypes_stay_apart() -> None:
+    module = Layers([4, 4], None, [False, False]).eval()
+    module.layers[1].lora_A.float()
+    module.layers[1].lora_B.float()
+    result = fuse_all(module, random(5, 24))
+    assert result.report.matches["lora_linear"] == 2
+    assert "shared_lora_shrink" not in result.report.matches

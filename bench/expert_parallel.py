@@ -1,0 +1,490 @@
+"""`python -m bench expert-parallel`: dispatch, combine and whole layers over the GPUs of a host, one process for each.
+
+Times are the slowest rank's median. `launched`: CUDA events around a call, as the host launches it, for what a CUDA
+graph cannot hold; `graphed`: a CUDA graph of many calls. The ways of a row are timed in turns. Beside ours: `deep_ep`,
+the calls of DeepEP's Buffer that a hand-written layer makes, and `nccl`, our reference.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import results
+from bench.results import Row, Run
+
+TIMER = "slowest rank's median; launched: events around a call; graphed: a CUDA graph of 20 calls"
+ROUNDS = 3
+# Even, as are the calls in a graph: the low-latency ops of DeepEP take two buffers in turns, whoever calls them.
+WARM_UPS = 4
+WITHIN = 1 / 1.05  # of raw DeepEP
+FP8_OF_BF16 = 1 / 0.75
+LAYER_TOKENS = (16, 64, 256, 1024, 4096, 8192)
+MOST_LOW_LATENCY = 256
+GROUP_TIMEOUT = datetime.timedelta(seconds=90)
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer, all experts of all ranks counted."""
+
+    hidden: int = 7168
+    intermediate: int = 2048
+    experts: int = 64
+    top_k: int = 8
+    tokens: int = 4096  # of a rank, for the high-throughput ops
+    low_latency_tokens: int = 128
+    layer_tokens: tuple[int, ...] = LAYER_TOKENS
+    step_hidden: int = 2048
+    step_tokens: int = 1024
+    reps: int = 15
+
+    def dict(self, tokens: int, ranks: int) -> dict[str, int]:
+        return {
+            "tokens": tokens,
+            "ranks": ranks,
+            "hidden": self.hidden,
+            "experts": self.experts,
+            "top_k": self.top_k,
+        }
+
+
+TINY = Sizes(64, 32, 8, 2, 24, 8, (3, 8), 64, 16, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and where the rows go."""
+
+    device: str
+    ranks: int
+    parts: tuple[str, ...]
+    sizes: Sizes
+    steps_seconds: float
+    out: Path
+    commit: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass
+class World:
+    """This rank and what it has."""
+
+    rank: int
+    ranks: int
+    group: str
+    device: torch.device
+    sizes: Sizes
+    plan: Plan
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def local(self) -> int:
+        return self.sizes.experts // self.ranks
+
+    def draw(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens in bfloat16, ids of distinct experts, and weights."""
+        sizes = self.sizes
+        x = torch.randn(tokens, sizes.hidden, device=self.device).bfloat16()
+        scores = torch.rand(tokens, sizes.experts, device=self.device)
+        weights, ids = scores.topk(sizes.top_k, dim=1)
+        return x, ids, weights / weights.sum(1, keepdim=True)
+
+    def slowest(self, times: dict[str, float]) -> dict[str, float]:
+        """The largest of all ranks, name by name."""
+        found = torch.tensor(list(times.values()), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return dict(zip(times, found.tolist(), strict=True))
+
+    def together(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        torch.distributed.barrier()
+
+
+def launched(world: World, calls: dict[str, Call]) -> dict[str, float]:
+    """Microseconds of each call, launched one after the other, in turns with the others."""
+    for call in calls.values():
+        for _ in range(WARM_UPS):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            world.together()
+            times[name] += _events(world, call)
+    return world.slowest({name: statistics.median(found) for name, found in times.items()})
+
+
+def _events(world: World, call: Call) -> list[float]:
+    reps = world.sizes.reps
+    if not world.cuda:
+        found = []
+        for _ in range(reps):
+            start = time.perf_counter()
+            call()
+            found.append(1e6 * (time.perf_counter() - start))
+        return found
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(reps)]
+    for start_event, end_event in events:
+        start_event.record()
+        call()
+        end_event.record()
+    torch.cuda.synchronize()
+    return [1e3 * start_event.elapsed_time(end_event) for start_event, end_event in events]
+
+
+def graphed(
+    world: World, calls: dict[str, Call], repeats: int = 20, replays: int = 10
+) -> dict[str, float]:
+    """Microseconds of each call in a CUDA graph of many; on a CPU as `launched`."""
+    if not world.cuda:
+        return launched(world, calls)
+    graphs = {name: graph_of(world, call, repeats) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            world.together()
+            events = []
+            for _ in range(replays):
+                pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                pair[0].record()
+                graph.replay()
+                pair[1].record()
+                events.append(pair)
+            torch.cuda.synchronize()
+            times[name] += [1e3 * a.elapsed_time(b) / repeats for a, b in events[1:]]
+    return world.slowest({name: statistics.median(found) for name, found in times.items()})
+
+
+def graph_of(world: World, call: Call, repeats: int) -> Any:
+    """A CUDA graph of so many calls; every rank captures it at the same time."""
+    for _ in range(WARM_UPS):
+        call()
+    world.together()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    world.together()
+    return graph
+
+
+def row(
+    world: World,
+    case: str,
+    tokens: int,
+    times: dict[str, float],
+    targets: dict[str, float] | None = None,
+    **more: Any,
+) -> Row:
+    """A row with the ratios of all ways to ours."""
+    made = Row(case, world.sizes.dict(tokens, world.ranks), warm_us=times, **more)
+    made.ratios = {f"of_{n}": t / times["ours"] for n, t in times.items() if n != "ours"}
+    made.targets = {n: t for n, t in (targets or {}).items() if n in made.ratios}
+    return made
+
+
+def has_deep_ep(world: World) -> bool:
+    from custom_ops.expert_parallel import deep_ep
+
+    return deep_ep.why_not(world.device) is None
+
+
+def high_throughput(world: World) -> Iterator[Row]:
+    """Dispatch of bfloat16 and of codes, and combine, against DeepEP's Buffer and against NCCL."""
+    import custom_ops
+    from custom_ops.expert_parallel import reference
+
+    sizes, group = world.sizes, world.group
+    x, ids, weights = world.draw(sizes.tokens)
+    codes, scale = _codes(x)
+    targets = {"of_deep_ep": WITHIN}
+    rest = ids, weights, sizes.experts, group
+    for name, data in {"bf16": (x, None), "fp8": (codes, scale)}.items():
+        calls: dict[str, Call] = {
+            "ours": partial(custom_ops.ep_dispatch, data[0], data[1], *rest),
+            "nccl": partial(reference.ep_dispatch, data[0], data[1], *rest),
+        }
+        if has_deep_ep(world):
+            calls["deep_ep"] = partial(raw_dispatch, world, *data, ids, weights)
+        chosen = name_of("ep_dispatch", *data, *rest)
+        times = launched(world, calls)
+        yield row(world, f"ep_dispatch_{name}", sizes.tokens, times, targets, chosen=chosen)
+    out = custom_ops.ep_dispatch(x, None, *rest)
+    args: Any = (out[0], *out[5:], group)
+    calls = {
+        "ours": partial(custom_ops.ep_combine, *args),
+        "nccl": partial(reference.ep_combine, *args),
+    }
+    if has_deep_ep(world):
+        calls["deep_ep"] = partial(raw_combine, world, *out[:1], out[5:])
+    chosen = name_of("ep_combine", *args)
+    times = launched(world, calls)
+    yield row(world, "ep_combine_bf16", sizes.tokens, times, targets, chosen=chosen)
+
+
+def raw_dispatch(
+    world: World, x: Tensor, scale: Tensor | None, ids: Tensor, weights: Tensor
+) -> Any:
+    """What a layer written for DeepEP calls."""
+    from custom_ops.expert_parallel import buffers
+
+    buffer = buffers.high_throughput("bench", world.group, 2 * x.shape[1])
+    to_rank, _, to_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, world.sizes.experts)
+    return buffer.dispatch(
+        x if scale is None else (x, scale),
+        num_tokens_per_rank=to_rank,
+        is_token_in_rank=is_in_rank,
+        num_tokens_per_expert=to_expert,
+        topk_idx=ids,
+        topk_weights=weights,
+        config=buffers.dispatch_config(world.ranks),
+    )
+
+
+def raw_combine(world: World, y: Tensor, handle: Iterable[Tensor]) -> Any:
+    from custom_ops.expert_parallel import buffers
+
+    sent, sources, ranks, channels = handle
+    buffer = buffers.high_throughput("bench", world.group, 2 * y.shape[1])
+    config = buffers.combine_config(world.ranks)
+    return buffer.combine(y, (ranks, None, channels, sources, None, sent), config=config)
+
+
+def low_latency(world: World) -> Iterator[Row]:
+    """Dispatch of bfloat16 and with casting to codes, and combine, in CUDA graphs."""
+    from custom_ops.expert_parallel import (
+        buffers,
+        ep_combine_low_latency,
+        ep_dispatch_low_latency,
+    )
+    from custom_ops.expert_parallel import low_latency_reference as reference
+
+    sizes, group, targets = world.sizes, world.group, {"of_deep_ep": WITHIN}
+    tokens = most = sizes.low_latency_tokens
+    x, ids, weights = world.draw(tokens)
+    rest = ids, sizes.experts, most, group
+    raw: Any = None
+    if has_deep_ep(world):
+        raw = buffers.low_latency("bench", group, most, sizes.hidden, sizes.experts)
+    for name, fp8 in {"bf16": False, "fp8": True}.items():
+        if fp8 and sizes.hidden % 128:
+            continue
+        calls: dict[str, Call] = {
+            "ours": partial(ep_dispatch_low_latency, x, *rest, fp8=fp8),
+            "nccl": partial(reference.ep_dispatch_low_latency, x, *rest, fp8=fp8),
+        }
+        if raw:
+            given = x, ids, most, sizes.experts
+            calls["deep_ep"] = partial(raw.low_latency_dispatch, *given, use_fp8=fp8)
+        chosen = name_of("ep_dispatch_low_latency", x, *rest)
+        times = graphed(world, calls)
+        yield row(world, f"ep_dispatch_low_latency_{name}", tokens, times, targets, chosen=chosen)
+    for _ in range(2):  # an even number of times, see WARM_UPS
+        recv_x, _, _, sources, ranges = ep_dispatch_low_latency(x, *rest)
+    args = recv_x, ids, weights, sources, ranges, group
+    calls = {
+        "ours": partial(ep_combine_low_latency, *args),
+        "nccl": partial(reference.ep_combine_low_latency, *args),
+    }
+    if raw:
+        handle = sources, ranges, most, sizes.hidden, sizes.experts
+        calls["deep_ep"] = partial(raw.low_latency_combine, recv_x, ids, weights, handle)
+    chosen = name_of("ep_combine_low_latency", *args)
+    times = graphed(world, calls)
+    yield row(world, "ep_combine_low_latency", tokens, times, targets, chosen=chosen)
+
+
+def quantize_first(world: World) -> Iterator[Row]:
+    """Quantizing before dispatch (ours) and after it."""
+    import custom_ops
+
+    sizes, rest = world.sizes, (world.sizes.experts, world.group)
+    if sizes.hidden % 128:
+        return
+    x, ids, weights = world.draw(sizes.tokens)
+
+    def before() -> tuple[Tensor, ...]:
+        out = custom_ops.ep_dispatch(*custom_ops.group_quant(x, 128), ids, weights, *rest)
+        return out[:2]
+
+    def after() -> tuple[Tensor, ...]:
+        out = custom_ops.ep_dispatch(x, None, ids, weights, *rest)
+        return custom_ops.group_quant(out[0], 128)
+
+    codes, scale = custom_ops.group_quant(x, 128)
+    calls = {
+        "ours": before,
+        "quantized_after": after,
+        "dispatch_fp8": lambda: custom_ops.ep_dispatch(codes, scale, ids, weights, *rest),
+        "dispatch_bf16": lambda: custom_ops.ep_dispatch(x, None, ids, weights, *rest),
+    }
+    times = launched(world, calls)
+    made = row(world, "ep_quantize_first", sizes.tokens, times)
+    made.ratios["bf16_of_fp8"] = times["dispatch_bf16"] / times["dispatch_fp8"]
+    made.targets = {"bf16_of_fp8": FP8_OF_BF16}
+    for a, b in zip(before(), after(), strict=True):
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            made.errors["ours"] = "the codes or scales differ from those quantized after"
+    yield made
+
+
+def layers(world: World) -> Iterator[Row]:
+    """Dispatch, experts here, combine; against all tokens to all ranks, experts here, reduce-scatter."""
+    from bench.expert_parallel_layers import Layer
+
+    layer = Layer.of(world)
+    for tokens in world.plan.tokens or world.sizes.layer_tokens:
+        x, ids, weights = world.draw(tokens)
+        calls: dict[str, Call] = {
+            "ours": partial(layer.dispatched, x, ids, weights),
+            "all_gather": partial(layer.gathered, x, ids, weights),
+        }
+        in_graphs = {"all_gather_graphed": calls["all_gather"]}
+        if has_deep_ep(world):
+            calls["nccl"] = partial(layer.over_nccl, x, ids, weights)
+            bounded = partial(layer.dispatched, x, ids, weights, max_tokens=tokens)
+            in_graphs["ours_graphed"] = bounded
+        if tokens <= MOST_LOW_LATENCY and layer.has_low_latency:
+            in_graphs["low_latency_graphed"] = partial(layer.low_latency, x, ids, weights)
+        times = launched(world, calls)
+        errors = {}
+        for name, call in in_graphs.items():
+            try:
+                times |= graphed(world, {name: call}, repeats=4, replays=5)
+            except RuntimeError as error:  # the same on every rank, or the next collective ends it
+                errors[name] = str(error)
+        made = row(world, "ep_layer_bf16", tokens, times, errors=errors)
+        wanted = calls["all_gather"]()
+        for name, call in {**calls, **in_graphs}.items():
+            if name not in errors and not layer.close(call(), wanted):
+                made.errors[name] = "differs from all_gather by more than its roundings"
+        yield made
+
+
+def steps(world: World) -> Iterator[Row]:
+    """Random sizes and routings, result by result, and the memory that is left, for so many seconds."""
+    from bench.expert_parallel_steps import run
+
+    yield run(world)
+
+
+def captured(world: World) -> Iterator[Row]:
+    """What of a compiled step is in CUDA graphs."""
+    from bench.expert_parallel_captured import count
+    from bench.expert_parallel_layers import Layer
+
+    if not world.cuda:
+        return
+    layer = Layer.of(world)
+    modes = ["high_throughput", *(["low_latency"] if layer.has_low_latency else [])]
+    for mode in modes:
+        yield count(world, layer, mode, world.sizes.low_latency_tokens)
+
+
+def model(world: World) -> Iterator[Row]:
+    """A stock model's layer after `parallelize_experts_`: its rewrite on and off, and what of it is in CUDA graphs."""
+    from bench import expert_parallel_model
+
+    yield from expert_parallel_model.rewrite(world)
+    yield from expert_parallel_model.captured(world)
+
+
+PARTS: dict[str, Callable[[World], Iterator[Row]]] = {
+    "high_throughput": high_throughput,
+    "low_latency": low_latency,
+    "quantize_first": quantize_first,
+    "steps": steps,
+    "layers": layers,
+    "model": model,
+    "captured": captured,
+}
+
+
+def name_of(op: str, *args: Any) -> str:
+    import custom_ops
+
+    choice = custom_ops.explain(op, *args)
+    return choice.implementation.name if choice.implementation else ""
+
+
+def _codes(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    import custom_ops
+
+    return custom_ops.group_quant(x, 128) if x.shape[1] % 128 == 0 else (x, None)
+
+
+def measure(plan: Plan) -> tuple[Run, Path]:
+    """Start the ranks, wait for them, and return the run that rank 0 wrote. Raises RuntimeError if it wrote none."""
+    from torch.multiprocessing import spawn
+
+    before = set(plan.out.glob("expert_parallel-*.json"))
+    with tempfile.TemporaryDirectory() as folder:
+        failure = ""
+        try:
+            spawn(_rank, (plan, folder), nprocs=plan.ranks)
+        except Exception as error:  # of a rank; what was measured before it is kept
+            failure = str(error)
+    fresh = sorted(set(plan.out.glob("expert_parallel-*.json")) - before)
+    if not fresh:
+        raise RuntimeError(f"expert-parallel: no row was measured (parts {plan.parts}) {failure}")
+    run = results.load(fresh[-1])
+    if failure:
+        run.rows.append(Row("ep_run", {"ranks": plan.ranks}, errors={"run": failure}))
+        run.save(plan.out)
+    return run, fresh[-1]
+
+
+def _rank(rank: int, plan: Plan, folder: str) -> None:
+    cuda = plan.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=plan.ranks,
+        timeout=GROUP_TIMEOUT,
+    )
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    torch.manual_seed(rank)
+    group = torch.distributed.distributed_c10d._get_default_group().group_name
+    world = World(rank, plan.ranks, group, device, plan.sizes, plan)
+    world.generator.manual_seed(rank)
+    session = results.describe("expert_parallel", device, TIMER, 0.0)
+    session.commit = plan.commit or session.commit
+    session.device["ranks"] = plan.ranks
+    with torch.no_grad():
+        for part in plan.parts:
+            for made in PARTS[part](world):
+                if rank == 0:
+                    session.rows.append(made)
+                    session.save(plan.out)  # after each row: a run that is cut off keeps them
+                    print(made.label, {n: round(t, 1) for n, t in made.warm_us.items()}, flush=True)
+            if cuda:
+                torch.cuda.empty_cache()
+    world.together()
+    from custom_ops.expert_parallel import buffers
+
+    buffers.release()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,107 @@
+"""How much of a compiled step runs in CUDA graphs: what the profiler sees launched, in graphs and one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from bench.results import Row
+from custom_ops.expert_parallel import ep_combine_low_latency, ep_dispatch_low_latency
+
+if TYPE_CHECKING:
+    from bench.expert_parallel import World
+
+LAYERS = 2
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+GRAPHS = "cudaGraphLaunch"
+
+
+def step_of(world: World, layer: Any, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A few layers of norm, router, experts and residual, in plain PyTorch but for what moves tokens."""
+    sizes = world.sizes
+
+    def move(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if mode == "high_throughput":
+            return layer.dispatched(x, ids, weights, max_tokens=sizes.low_latency_tokens)
+        return layer.low_latency(x, ids, weights)
+
+    def step(x: Tensor, router: Tensor) -> Tensor:
+        for _ in range(LAYERS):
+            rows = torch.nn.functional.rms_norm(x, (sizes.hidden,))
+            scores = torch.softmax((rows @ router).float(), -1)
+            weights, ids = scores.topk(sizes.top_k, dim=-1)
+            x = x + move(rows, ids, weights / weights.sum(-1, keepdim=True))
+        return x
+
+    return step
+
+
+def alone_of(world: World, x: Tensor, ids: Tensor, weights: Tensor, mode: str) -> Any:
+    """What the dispatches and combines of a step launch."""
+    rest, most = (world.sizes.experts, world.group), world.sizes.low_latency_tokens
+    if mode == "high_throughput":
+        out = custom_ops.ep_dispatch(x, None, ids, weights, *rest, max_tokens=most)
+        return custom_ops.ep_combine(out[0], *out[5:], world.group)
+    low = ep_dispatch_low_latency(x, ids, rest[0], len(x), world.group)
+    return ep_combine_low_latency(low[0], ids, weights, *low[3:], world.group)
+
+
+def launches(call: Callable[[], Any]) -> Counter[str]:
+    """How many kernels and graphs the host launches in a call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    found: Counter[str] = Counter()
+    for event in seen.events() or ():
+        if event.name in LAUNCHES:
+            found["kernels"] += 1
+        elif event.name == GRAPHS:
+            found["graphs"] += 1
+    return found
+
+
+def count(world: World, layer: Any, mode: str, tokens: int) -> Row:
+    """The row of one mode. In `fired`: graphs launched, kernels outside of them, and those of the ops by themselves."""
+    from bench.expert_parallel import launched, row
+
+    x, ids, weights = world.draw(tokens)
+    router = torch.randn(world.sizes.hidden, world.sizes.experts, device=world.device).bfloat16()
+    for tensor in (x, router, layer.gate_up, layer.down):
+        torch._dynamo.mark_static_address(tensor)  # or a graph would begin by copying them
+    step = step_of(world, layer, mode)
+    compiled = torch.compile(step, backend="fusion_passes", mode="reduce-overhead", fullgraph=True)
+
+    def run() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x, router)
+
+    for _ in range(4):
+        out = run().clone()
+    wanted = step(x, router)
+    world.together()
+    whole = launches(run)
+    world.together()
+    each = launches(lambda: alone_of(world, x, ids, weights, mode))
+    world.together()
+    times = launched(world, {"ours": run, "eager": lambda: step(x, router)})
+    made = row(world, f"ep_captured_{mode}", tokens, times)
+    of_ops = each["kernels"] * LAYERS if mode == "high_throughput" else 0
+    made.fired = {
+        "graphs": whole["graphs"],
+        "kernels_outside": whole["kernels"],
+        "kernels_of_dispatch_and_combine": of_ops,
+    }
+    if whole["kernels"] > of_ops or not whole["graphs"]:
+        made.errors["ours"] = f"not all else is in graphs: {dict(made.fired)}"
+    limit = 2**-5 * wanted.float().abs().amax()
+    if not ((out.float() - wanted.float()).abs() <= limit).all():
+        made.errors["result"] = "differs from eager by more than its roundings"
+    return made

@@ -1,0 +1,130 @@
+"""A stock mixture of experts after `parallelize_experts_`, compiled: what its rewrite and its CUDA graphs are worth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import fusion_passes
+from bench.results import Row
+
+if TYPE_CHECKING:
+    from bench.expert_parallel import World
+
+REWRITE = "quantize_before_dispatch"
+TOKENS = (512, 4096)
+
+
+def block_of(world: World) -> Any:
+    """The router and all experts of a Qwen3-MoE layer, the same on every rank, in bfloat16."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = world.sizes
+    config = Qwen3MoeConfig(
+        hidden_size=max(
+            sizes.hidden, 128
+        ),  # a whole group of a quantization, for the small sizes of a test
+        moe_intermediate_size=max(sizes.intermediate, 128),
+        num_experts=sizes.experts,
+        num_experts_per_tok=sizes.top_k,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config).bfloat16()
+    block = block.to_empty(device=world.device).eval().requires_grad_(False)
+    generator = torch.Generator(world.device).manual_seed(0)
+    for parameter in block.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    return block
+
+
+def tokens_of(world: World, count: int, width: int) -> Tensor:
+    return torch.randn(1, count, width, device=world.device).bfloat16()
+
+
+def compiled(block: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+    """The block by the backend, with options that nothing else of this process shares."""
+    mode = options.pop("mode", None)
+    given = {"options": {"allow_reference": True, **options}} if mode is None else {"mode": mode}
+    copied = copy.copy(block)  # a module of its own to Dynamo, with the same weights
+    run = torch.compile(copied, backend="fusion_passes", fullgraph=True, dynamic=False, **given)
+
+    def call(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return first(run(x))
+
+    return call
+
+
+def first(out: Any) -> Tensor:
+    """The hidden states: some versions of transformers return the router's logits beside them."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def rewrite(world: World) -> Iterator[Row]:
+    """A block-scaled layer with tokens quantized before they travel (ours), and on the ranks that receive them."""
+    from bench.expert_parallel import launched, row
+
+    block: Any = fusion_passes.quantize_(block_of(world), "fp8_block")
+    fusion_passes.parallelize_experts_(block, world.group)
+    width = block.experts.down_proj.shape[1]
+    calls = {
+        "ours": compiled(block, **{REWRITE: True}),
+        "rewrite_off": compiled(block, **{REWRITE: False}),
+    }
+    for count in TOKENS if world.cuda else (world.sizes.tokens,):
+        x = tokens_of(world, count, width)
+        found = {name: call(x) for name, call in calls.items()}
+        times = launched(world, {name: partial(call, x) for name, call in calls.items()})
+        made = row(world, "ep_compiled_fp8", count, times)
+        if not torch.equal(*found.values()):
+            made.errors["ours"] = "differs from quantizing on the receiving ranks"
+        yield made
+
+
+def captured(world: World) -> Iterator[Row]:
+    """Graphs and kernels that a compiled layer launches: by mode, and with room for the worst routing or without.
+
+    In `fired`: graphs launched in a call, and kernels outside of them.
+    """
+    from bench.expert_parallel import launched, row
+    from bench.expert_parallel_captured import launches
+
+    if not world.cuda:
+        return
+    count = world.sizes.low_latency_tokens
+    whole = block_of(world)
+    ways: dict[str, dict[str, Any]] = {
+        "high_throughput": {},
+        "high_throughput_bounded": {"max_tokens": count},
+        "low_latency": {"mode": "low_latency", "max_tokens": count},
+    }
+    for name, how in ways.items():
+        torch._dynamo.reset()
+        block: Any = copy.deepcopy(whole)
+        fusion_passes.parallelize_experts_(block, world.group, **how)
+        x = tokens_of(world, count, block.experts.down_proj.shape[1])
+        run, plain = compiled(block, mode="reduce-overhead"), compiled(block)
+        for _ in range(4):
+            out = run(x).clone()
+        world.together()
+        seen = launches(partial(run, x))
+        world.together()
+        calls: dict[str, Any] = {"ours": partial(run, x), "no_graphs": partial(plain, x)}
+        made = row(world, f"ep_model_{name}", count, launched(world, calls))
+        made.fired = {"graphs": seen["graphs"], "kernels_outside": seen["kernels"]}
+        wanted = first(block(x))
+        limit = 2**-5 * wanted.float().abs().amax()
+        if not ((out.float() - wanted.float()).abs() <= limit).all():
+            made.errors["result"] = "differs from eager by more than its roundings"
+        if not seen["graphs"]:
+            made.errors["ours"] = "nothing of it ran in a CUDA graph"
+        yield made
+        del block

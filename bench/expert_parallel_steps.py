@@ -1,0 +1,104 @@
+"""Many dispatches and combines of random sizes in one process: no wrong result, no hang, no memory that stays away."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import custom_ops
+from bench.results import Row
+from custom_ops.expert_parallel import ep_combine_low_latency, ep_dispatch_low_latency
+
+if TYPE_CHECKING:
+    from bench.expert_parallel import World
+
+WANTED = 10_000
+BLOCK = 100  # steps between two looks at the clock
+LEAK_BYTES = 4 << 20
+
+
+def run(world: World) -> Row:
+    """Steps until the seconds are over or 10,000 are done.
+
+    `grown`: bytes that are in use at the end and were not early on, when every buffer was there. What the allocator
+    keeps for later is not in use.
+    """
+    sizes, start = world.sizes, time.perf_counter()
+    numbers = random.Random(world.rank)
+    done = early = late = 0
+    wrong = torch.zeros((), dtype=torch.int64, device=world.device)  # nobody waits for it
+    block_of = BLOCK if world.cuda else 4
+    wanted = WANTED if world.cuda else 8
+    while done < wanted and _goes_on(world, start):
+        for _ in range(block_of):
+            wrong += _high_throughput(world, numbers)
+            if done % 4 == 0:
+                wrong += _low_latency(world, numbers)
+            done += 1
+        late = _in_use(world)
+        early = late if done <= 5 * block_of else early
+    seconds = time.perf_counter() - start
+    made = Row(
+        "ep_steps",
+        {"steps": done, "ranks": world.ranks, "hidden": sizes.step_hidden},
+        warm_us={"ours": 1e6 * seconds / max(1, done)},
+    )
+    total = world.slowest({"wrong": float(wrong), "grown": float(late - early)})
+    made.ratios = {"wrong": total["wrong"], "grown_mib": total["grown"] / 2**20}
+    if total["wrong"]:
+        made.errors["ours"] = f"{int(total['wrong'])} of {done} steps gave a wrong result"
+    if total["grown"] > LEAK_BYTES:
+        made.errors["memory"] = f"{total['grown'] / 2**20:.1f} MiB more in use than early on"
+    return made
+
+
+def _goes_on(world: World, start: float) -> bool:
+    """Whether rank 0 has time left."""
+    left = torch.tensor(
+        [time.perf_counter() - start < world.plan.steps_seconds], dtype=torch.int32
+    ).to(world.device)
+    torch.distributed.broadcast(left, 0)
+    return bool(left.item())
+
+
+def _in_use(world: World) -> int:
+    """Bytes of tensors, and all that is on the device and not PyTorch's."""
+    if not world.cuda:
+        return 0
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.memory_allocated() + total - free - torch.cuda.memory_reserved()
+
+
+def _high_throughput(world: World, numbers: random.Random) -> Tensor:
+    """Whether the sums or the counts are wrong."""
+    sizes = world.sizes
+    tokens = numbers.choice((0, 1, numbers.randint(0, sizes.step_tokens)))
+    top_k = sizes.top_k
+    x = torch.randint(-8, 8, (tokens, sizes.step_hidden), device=world.device).bfloat16()
+    most = numbers.choice((sizes.experts, world.local))
+    ids = torch.randint(0, most, (tokens, top_k), device=world.device)
+    weights = torch.rand(tokens, top_k, device=world.device)
+    out = custom_ops.ep_dispatch(x, None, ids, weights, sizes.experts, world.group)
+    back = custom_ops.ep_combine(out[0], *out[5:], world.group)
+    owners = torch.nn.functional.one_hot(ids // world.local, world.ranks).amax(1)
+    copies = owners.sum(1, keepdim=True) if tokens else owners.new_zeros((0, 1))
+    return (back != x * copies).any() | ((out[2] >= 0).sum() != out[4].sum())
+
+
+def _low_latency(world: World, numbers: random.Random) -> Tensor:
+    """Whether the sums are wrong."""
+    sizes = world.sizes
+    most = sizes.low_latency_tokens
+    tokens = numbers.choice((0, 1, most, numbers.randint(0, most)))
+    x = torch.randint(-8, 8, (tokens, sizes.step_hidden), device=world.device).bfloat16()
+    ids = torch.rand(tokens, sizes.experts, device=world.device).argsort(1)[:, : sizes.top_k]
+    weights = torch.ones(tokens, sizes.top_k, device=world.device)
+    rest = sizes.experts, most, world.group
+    out = ep_dispatch_low_latency(x, ids, *rest)
+    back = ep_combine_low_latency(out[0], ids, weights, *out[3:], world.group)
+    return (back != x * sizes.top_k).any()

@@ -1,0 +1,150 @@
+"""The communication buffers of DeepEP: one for each group and size, made on first use, freed at exit.
+
+Making one is collective: every rank of the group makes the same ones in the same order, which it does if it calls the
+ops in the same order. Freeing one waits for the other ranks, so none is freed after an exchange has failed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from custom_ops.expert_parallel import groups
+from custom_ops.expert_parallel.agreement import CHANNELS
+
+# Of each two SMs, one sends and one receives the tokens of a channel.
+SMS = 2 * CHANNELS
+# Tokens that a rank puts into a peer's queue at a time, by the number of ranks, and how many a queue holds: what DeepEP
+# recommends for a host with NVLink. Its recommendation is not asked for at run time, since the number of SMs in it may
+# have been changed, and the handle of a dispatch has a row of CHANNELS.
+DISPATCH_CHUNK = {2: 24, 4: 6, 8: 6}
+COMBINE_CHUNK = {2: 10, 4: 9, 8: 4}
+QUEUE_TOKENS = 256
+LEAST_QUEUE_PAIRS = 24  # DeepEP's default
+
+_buffers: dict[tuple[Any, ...], Any] = {}
+_failed = False
+_pairs = 0
+
+
+def package() -> Any:
+    """The module `deep_ep`, imported on first use."""
+    return importlib.import_module("deep_ep")
+
+
+def high_throughput(op: str, group: str, row_bytes: int) -> Any:
+    """The `deep_ep.Buffer` for rows of at most so many bytes."""
+    key = (group, "high_throughput", row_bytes)
+    if key not in _buffers:
+        deep_ep, ranks = package(), groups.size(op, group)
+        size = max(
+            config.get_nvl_buffer_size_hint(row_bytes, ranks)
+            for config in (dispatch_config(ranks), combine_config(ranks))
+        )
+        _make(op, group, key, lambda pg: deep_ep.Buffer(pg, size, 0, explicitly_destroy=True))
+    return _buffers[key]
+
+
+def low_latency(op: str, group: str, max_tokens: int, hidden: int, num_experts: int) -> Any:
+    """The `deep_ep.Buffer` in low-latency mode for so many tokens of each rank."""
+    key = (group, "low_latency", max_tokens, hidden, num_experts)
+    if key not in _buffers:
+        deep_ep, ranks = package(), groups.size(op, group)
+        pairs = _queue_pairs(op, num_experts // ranks)
+        size = deep_ep.Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, ranks, num_experts)
+        _make(
+            op,
+            group,
+            key,
+            lambda pg: deep_ep.Buffer(
+                pg,
+                0,
+                size,
+                low_latency_mode=True,
+                num_qps_per_rank=pairs,
+                explicitly_destroy=True,
+            ),
+        )
+    return _buffers[key]
+
+
+def elastic(op: str, group: str, max_tokens: int, hidden: int, top_k: int) -> Any:
+    """The `deep_ep.ElasticBuffer` for so many tokens of each rank; `deterministic`, or rows come in any order."""
+    key = (group, "elastic", max_tokens, hidden, top_k)
+    if key not in _buffers:
+        deep_ep = package()
+        _make(
+            op,
+            group,
+            key,
+            lambda pg: deep_ep.ElasticBuffer(
+                pg,
+                num_max_tokens_per_rank=max_tokens,
+                hidden=hidden,
+                num_topk=top_k,
+                deterministic=True,
+                allow_hybrid_mode=False,
+                explicitly_destroy=True,
+            ),
+        )
+    return _buffers[key]
+
+
+def _queue_pairs(op: str, local_experts: int) -> int:
+    """How many queue pairs NVSHMEM has for each peer: one for each expert here. It is told once in a process."""
+    global _pairs
+    _pairs = _pairs or max(LEAST_QUEUE_PAIRS, local_experts)
+    if local_experts > _pairs:
+        raise RuntimeError(
+            f"{op}: a rank has {local_experts} experts; accepted: at most {_pairs}, which the first buffer of this "
+            "process was made for. Call the op for the layer with the most experts first"
+        )
+    return _pairs
+
+
+def dispatch_config(ranks: int) -> Any:
+    """The `deep_ep.Config` that dispatch runs with."""
+    return package().Config(SMS, DISPATCH_CHUNK[ranks], QUEUE_TOKENS)
+
+
+def combine_config(ranks: int) -> Any:
+    """The `deep_ep.Config` that combine runs with."""
+    return package().Config(SMS, COMBINE_CHUNK[ranks], QUEUE_TOKENS)
+
+
+def _make(op: str, group: str, key: tuple[Any, ...], make: Callable[[Any], Any]) -> None:
+    groups.refuse_capture(op)
+    if not _buffers:
+        atexit.register(_release_at_exit)
+    _buffers[key] = make(groups.resolve(op, group))
+
+
+def spans_hosts(ranks: int) -> bool:
+    """Whether so many ranks are more than this host runs, as far as the launcher (torchrun) says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) < ranks
+
+
+def failed() -> None:
+    """An exchange ended in an error: what the buffers hold is unknown, and peers may be gone."""
+    global _failed
+    _failed = True
+
+
+def _release_at_exit() -> None:
+    # The process may end by an error, of which its peers know nothing.
+    if hasattr(sys, "last_value"):
+        failed()
+    release()
+
+
+def release() -> None:
+    """Free all buffers, in the order in which they were made. Every rank calls it; it runs at exit by itself."""
+    while _buffers:
+        key = next(iter(_buffers))
+        buffer = _buffers.pop(key)
+        if not _failed:
+            buffer.destroy()

@@ -1,0 +1,20 @@
+"""The bench of a stock model's layer over ranks, on two CPU processes in tiny sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import expert_parallel as ep
+
+pytest.importorskip("transformers", reason="needs the extra 'models'")
+
+
+def test_the_rewrite_on_and_off(tmp_path, monkeypatch):
+    """Both give the same bits, and the row says what was compared with what."""
+    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes seconds for an op
+    run, _ = ep.measure(ep.Plan("cpu", 2, ("model",), ep.TINY, 1.0, tmp_path, ""))
+    assert [row.case for row in run.rows] == ["ep_compiled_fp8"]
+    for row in run.rows:
+        assert not row.errors
+        assert row.warm_us.keys() == {"ours", "rewrite_off"}
+        assert row.ratios.keys() == {"of_rewrite_off"}

@@ -1,0 +1,1 @@
+"""Tests of fusion_passes.expert_parallel and its fusion."""

@@ -1,0 +1,145 @@
+"""Quantizations as public model code and serving engines write them: found, or reported and left as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusion_passes import verify
+from fusion_passes.testing import fuse
+from tests.fusion_passes.helpers import FP8, calls, everything, random
+
+pytestmark = pytest.mark.usefixtures("references")
+
+
+def largest_by_max_of_a_dimension(x: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepSeek's inference code: max with indices that nobody reads, no bound, no clamp."""
+    groups = x.view(*x.shape[:-1], -1, 128).float()
+    scale = torch.max(torch.abs(groups), dim=-1, keepdim=True)[0] / 448.0
+    return (groups / scale).to(FP8).view(x.shape), scale.squeeze(-1)
+
+
+def bound_in_16_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As SGLang's reference: the bound stands before the cast, and is rounded to 16 bits."""
+    groups = x.reshape(x.numel() // 128, 128)
+    amax = groups.abs().max(dim=-1, keepdim=True)[0].clamp(min=1e-10).to(torch.float32)
+    scale = amax / 448.0
+    codes = (groups / scale).clamp(min=-448.0, max=448.0).to(FP8)
+    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], -1)
+
+
+def bounded_scale_and_its_reciprocal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As vLLM's per-token quantization in plain PyTorch."""
+    amax, _ = x.abs().max(dim=-1)
+    scale = (amax.unsqueeze(-1).to(torch.float32) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return (x.to(torch.float32) * scale.reciprocal()).clamp(-448.0, 448.0).to(FP8), scale
+
+
+def reciprocal_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As HQQ's int8 activations: `values` of max, codes by the reciprocal."""
+    scale = x.abs().max(dim=1, keepdim=True).values.float() / 127.0
+    return torch.round(x.float() * (1 / scale)).clamp(-127, 127).to(torch.int8), scale
+
+
+def least_by_min_of_a_dimension(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both ends by max and min with indices."""
+    x = x.float()
+    low = x.min(dim=-1, keepdim=True)[0].clamp(max=0)
+    high = x.max(dim=-1, keepdim=True)[0].clamp(min=0)
+    scale = ((high - low) / 255.0).clamp(min=1e-5)
+    zero = (-128 - torch.round(low / scale)).clamp(-128, 127)
+    return (torch.round(x / scale) + zero).clamp(-128, 127).to(torch.int8), scale, zero
+
+
+FOUND = {
+    largest_by_max_of_a_dimension: "group_quant",
+    bound_in_16_bits: "group_quant",
+    bounded_scale_and_its_reciprocal: "token_quant",
+    reciprocal_int8: "token_quant",
+    least_by_min_of_a_dimension: "token_quant_asymmetric",
+}
+
+
+@pytest.mark.parametrize("spelling", FOUND, ids=lambda fn: fn.__name__)
+@given(
+    tokens=st.integers(2, 9),
+    groups=st.sampled_from((2, 3)),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from((1.0, 1e-3, 100.0)),
+)
+def test_found(spelling, tokens, groups, dtype, seed, spread):
+    x = random(tokens, 128 * groups, dtype=dtype, seed=seed) * spread
+    result = fuse(spelling, x, only=everything())
+    assert result.report.matches == {FOUND[spelling]: 1}
+    for expected, actual in zip(result.expected, result.actual, strict=True):
+        assert expected.dtype == actual.dtype
+        if expected.dtype is FP8:
+            expected, actual = expected.view(torch.uint8), actual.view(torch.uint8)
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_zeros_below_a_bound_of_16_bits(tokens):
+    """1e-10 is another number in bfloat16, and none but 0 in float16."""
+    for dtype, bound in ((torch.bfloat16, 1e-10), (torch.float16, 0.0)):
+        result = fuse(bound_in_16_bits, torch.zeros(tokens, 256, dtype=dtype), only=everything())
+        assert result.report.matches == {"group_quant": 1}
+        scale = torch.tensor(bound, dtype=dtype).float() / 448.0
+        assert (result.actual[1] == scale).all()
+        assert verify.difference(result.expected[1], result.actual[1]) is None
+
+
+def test_indices_that_are_read_keep_their_operator():
+    def with_indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.float()
+        amax, where = wide.abs().max(dim=-1, keepdim=True)
+        scale = amax.clamp(min=1e-10) / 448.0
+        return (wide / scale).clamp(-448.0, 448.0).to(FP8), scale, where
+
+    result = fuse(with_indices, random(3, 256), only=everything())
+    assert "token_quant" not in result.report.matches
+    assert calls(result.after.graph) == calls(result.before.graph)
+
+
+def max_over_amax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As DeepGEMM's tests and FBGEMM have it: values times 448 / amax, which rounds otherwise than x / (amax / 448)."""
+    inverse = 448.0 / x.abs().float().amax(-1, keepdim=True).clamp(1e-4)
+    return (x.float() * inverse).clamp(-448.0, 448.0).to(FP8), inverse.reciprocal()
+
+
+def rounded_in_16_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As SmoothQuant's: scale, quotient and code all in 16 bits."""
+    scale = x.abs().max(dim=-1, keepdim=True)[0].clamp(min=1e-5) / 127
+    return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def unclamped_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As bitsandbytes: values times 127 / amax, and amax kept in place of a scale."""
+    wide = x.float()
+    amax = wide.abs().amax(dim=1)
+    return torch.round(wide * (127.0 / amax.unsqueeze(-1))).to(torch.int8), amax
+
+
+def inverse_that_is_zero(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As llama.cpp's blocks of 32: the reciprocal of a scale of 0 is 0."""
+    groups = x.float().view(*x.shape[:-1], -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127.0
+    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+    return torch.round(groups * inverse).to(torch.int8).view(x.shape), scale.squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [max_over_amax, rounded_in_16_bits, unclamped_int8, inverse_that_is_zero],
+    ids=lambda fn: fn.__name__,
+)
+def test_reported_and_left(spelling):
+    result = fuse(spelling, random(6, 256), only=everything())
+    assert result.report.matches == {}
+    assert [miss.fusion for miss in result.report.near_misses] == ["quantization"]
+    assert result.report.near_misses[0].reason.startswith("expected ")
+    assert calls(result.after.graph) == calls(result.before.graph)
