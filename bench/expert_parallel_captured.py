@@ -85,7 +85,8 @@ def count(world: World, layer: Any, mode: str, tokens: int) -> Row:
 
     for _ in range(4):
         out = run().clone()
-    wanted = step(x, router)
+    # not eager: one rounding that Inductor leaves out sends a token to another expert, which says nothing of graphs
+    wanted = torch.compile(step, backend="fusion_passes", fullgraph=True)(x, router)
     world.together()
     whole = launches(run)
     world.together()
@@ -103,5 +104,5 @@ def count(world: World, layer: Any, mode: str, tokens: int) -> Row:
         made.errors["ours"] = f"not all else is in graphs: {dict(made.fired)}"
     limit = 2**-5 * wanted.float().abs().amax()
     if not ((out.float() - wanted.float()).abs() <= limit).all():
-        made.errors["result"] = "differs from eager by more than its roundings"
+        made.errors["result"] = "differs from the same code without graphs"
     return made

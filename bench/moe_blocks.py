@@ -32,7 +32,7 @@ _BESIDE = 9
 def cases(
     models: Iterable[Model], dtypes: Sequence[str], tokens: Sequence[int], tiny: bool = False
 ) -> list[Case]:
-    """Those of the suite, with nothing but stock, the plugin, our ops and, for FP8, our bfloat16. Empty dtypes, tokens: all."""
+    """Those of the suite, with only stock, the plugin, our ops and, for FP8, our bfloat16. Empty: all."""
     chosen = {
         f"{PREFIX}{m.name}_{d}" for m in models for d in m.dtypes if not dtypes or d in dtypes
     }

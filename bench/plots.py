@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import heat
-from bench.results import Row, Run, newest
+from bench.results import RANKS, Row, Run, newest
 
 OURS, STOCK, OTHER = "#0b6e99", "#b8b8b8", "#d98c3f"
 
@@ -21,7 +21,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = draw_heat(runs, folder)
-    for device, pairs in newest([run for run in runs if run.suite != heat.SUITE]).items():
+    for device, pairs in newest(
+        [run for run in runs if run.suite not in (heat.SUITE, RANKS)]
+    ).items():
         rows = [row for _, row in pairs if row.ours_us and "tokens" in row.sizes]
         for name, plot in (("bandwidth", _bandwidth), ("speedup", _speedup), ("layer", _layer)):
             figure = plot(rows, device)
@@ -107,7 +109,9 @@ def _bandwidth(rows: Sequence[Row], device: str) -> Any:
     """The largest size of each op: fraction of the copy bandwidth, ours beside stock `torch.compile`."""
     largest: dict[str, Row] = {}
     for row in rows:
-        if not row.flops and row.sizes["tokens"] >= largest.get(row.case, row).sizes["tokens"]:
+        if "of_inductor" not in row.ratios or row.flops:
+            continue
+        if row.sizes["tokens"] >= largest.get(row.case, row).sizes["tokens"]:
             largest[row.case] = row
     if not largest:
         return None

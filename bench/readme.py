@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bench import heat
-from bench.results import FOLDER, ROOT, Row, Run, load_all, newest
+from bench.results import FOLDER, RANKS, ROOT, Row, Run, load_all, newest
 
 README = ROOT / "README.md"
 NO_RESULTS = (
@@ -68,10 +68,12 @@ def ops() -> str:
 def performance() -> str:
     """Per GPU: the kernels against stock `torch.compile` and the copy bandwidth, then the whole layers."""
     runs = [run for run in load_all() if run.device["arch"] != "cpu"]
-    devices = newest([run for run in runs if run.suite != heat.SUITE])
+    devices = newest([run for run in runs if run.suite not in (heat.SUITE, RANKS)])
     maps = newest(heat.of(runs))
     parts = [_device(name, pairs) for name, pairs in devices.items()]
     parts += [_map(name, pairs) for name, pairs in maps.items()]
+    ranks = newest([run for run in runs if run.suite == RANKS])
+    parts += [_ranks(name, pairs) for name, pairs in ranks.items()]
     return "\n\n".join(parts) or NO_RESULTS
 
 
@@ -92,6 +94,24 @@ def _map(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
             f"![how many times as fast as stock, by tokens and width]({picture})",
         )
     )
+
+
+def _ranks(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
+    """What goes between GPUs, and the whole layers around it."""
+    rows = [
+        (
+            f"`{row.case}`",
+            f"{row.sizes.get('tokens', '')}",
+            f"{row.ours_us:.1f}",
+            ", ".join(f"{way} {time:.1f}" for way, time in row.warm_us.items() if way != "ours"),
+            "; ".join(row.errors.values()),
+        )
+        for _, row in pairs
+        if row.ours_us
+    ]
+    ranks = max(row.sizes["ranks"] for _, row in pairs)
+    head = f"Experts on {ranks} {name}, in microseconds; tokens are those of one rank:"
+    return f"{head}\n\n{table(('', 'tokens', 'ours', 'others', 'what is wrong'), rows)}"
 
 
 def _device(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:

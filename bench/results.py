@@ -21,6 +21,8 @@ from custom_ops import platform
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
+RANKS = "expert_parallel"
+"""The suite of several GPUs, whose rows stand beside other things than stock."""
 PACKAGES = ("torch", "triton", "transformers", "deep_gemm", "tvm_ffi", "flashinfer", "numpy")
 UNITS = {
     "warm_us": "microseconds, median, CUDA graph, warm L2 (see timer)",
@@ -132,11 +134,17 @@ def load_all(folder: Path = FOLDER) -> list[Run]:
 
 
 def newest(runs: Sequence[Run]) -> dict[str, list[tuple[Run, Row]]]:
-    """Per device, the newest row of each case with the run that it is from, in the order of the suites."""
+    """Per device, the newest row of each case with the run that it is from, in the order of the suites.
+
+    A row measured without stock does not take the place of one that has it: it says nothing of being ahead.
+    """
     found: dict[str, dict[tuple[Any, ...], tuple[Run, Row]]] = {}
     for run in runs:
         for row in run.rows:
-            found.setdefault(run.device["name"], {})[row.key] = (run, row)
+            rows = found.setdefault(run.device["name"], {})
+            known = rows.get(row.key)
+            if known is None or row.inductor_us is not None or known[1].inductor_us is None:
+                rows[row.key] = (run, row)
     return {device: list(rows.values()) for device, rows in found.items()}
 
 

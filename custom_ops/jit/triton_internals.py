@@ -202,7 +202,7 @@ def _stand_in(text: str) -> Any:
 
 
 def _descriptor(text: str) -> Any:
-    """The descriptor of "tensordesc<bf16[64, 128]>", or of Gluon's "tensordesc<bf16[64, 128],NVMMASharedLayout(...)>"."""
+    """The descriptor of "tensordesc<bf16[64, 128]>"; Gluon's has a layout before the end, ",NVMMASharedLayout(...)"."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     dtype, _, block = text.removeprefix("tensordesc<").partition("[")

@@ -198,6 +198,17 @@ def test_the_newest_row_counts():
     assert rows == [1.0, 3.0]
 
 
+def test_a_row_without_stock_does_not_take_the_place_of_one_with_it():
+    old = run_of(row_of("group_quant", 1, 2.0, 4.0))
+    bare = row_of("group_quant", 1, 1.0, 4.0)
+    del bare.warm_us["inductor"]
+    new = run_of(bare, date="2026-02-01T00:00:00+00:00")
+    rows = [row.ours_us for _, row in results.newest([old, new])["GPU sm_90"]]
+    assert rows == [2.0]
+    rows = [row.ours_us for _, row in results.newest([new, old])["GPU sm_90"]]
+    assert rows == [2.0]
+
+
 @pytest.mark.parametrize(
     ("speedups", "on"),
     [([1.2, 0.98], True), ([1.2, 0.96], False), ([0.99, 0.98], False), ([1.0, 1.5], True)],

@@ -153,6 +153,33 @@ def test_what_was_measured_is_written_and_decides(tmp_path, monkeypatch):
     assert list(choice.nearest(rows, (8, 64, 32), 3)) == ["deep_gemm", "triton"]
 
 
+def test_where_stock_is_ahead_its_products_are_taken():
+    """A block that is behind gives its place in the table to grouped_mm, and says nothing of the fusion any more."""
+    blocks = []
+    for tokens, plugin, stock in ((1, 2.0, 3.0), (64, 5.0, 6.0), (4096, 110.0, 100.0)):
+        block = row_of("moe_block_mixtral_bf16", tokens)
+        block.fusion, block.fired = "fused_moe", {"fused_moe": 1}
+        block.warm_us = {"plugin": plugin, "inductor": stock}
+        block.finish(3000.0)
+        blocks.append(block)
+    other = row_of(
+        "moe_block_qwen_bf16", 1
+    )  # ahead everywhere: its experts are timed one by one, not its blocks
+    other.warm_us = {"plugin": 1.0, "inductor": 2.0}
+    other.finish(3000.0)
+    rows = tuning.distil_moe([(run_of(*blocks, other), row) for row in (*blocks, other)])
+    rows = rows["fused_moe"]["bfloat16"]
+    assert [row["pairs"] for row in rows] == [2, 128, 8192]
+    assert list(choice.nearest(rows, (8, 64, 32), 2)) == ["triton_decode", "grouped_mm"]
+    assert list(choice.nearest(rows, (8, 64, 32), 128)) == ["triton", "grouped_mm"]
+    assert list(choice.nearest(rows, (8, 64, 32), 8192)) == ["grouped_mm", "triton"]
+    verdict = tuning.verdict("fused_moe", blocks)
+    assert verdict["on"]
+    assert "0.91 in moe_block_mixtral_bf16 at 4096" in verdict["why"]
+    assert [row["tokens"] for row in verdict["rows"]] == [1, 64]
+    assert not tuning.verdict("fused_moe", blocks[2:])["on"]
+
+
 def test_the_names_in_a_table_are_those_of_pipelines():
     """What the shipped tables say can be run."""
     from custom_ops import tables
@@ -183,7 +210,9 @@ def test_the_table_of_blocks_has_every_model_and_number_of_tokens():
         for tokens in moe.TOKENS
     }
     assert shown == wanted
-    assert all(set(case.others) <= {"by_hand", "by_hand_bf16"} and not case.launched for case in chosen)
+    assert all(
+        set(case.others) <= {"by_hand", "by_hand_bf16"} and not case.launched for case in chosen
+    )
     few = moe_blocks.cases([moe.MODELS["mixtral_8x7b"]], ("fp8_block",), (1, 16))
     assert [case.sizes["tokens"] for case in few] == [1, 16]
 

@@ -141,5 +141,8 @@ def test_scales_that_are_powers_of_two_are_refused():
     experts = experts_of(checkpoint("qwen3_moe")[1])
     scale = experts.gate_up_proj_scale_inv
     scale.data = torch.ones_like(scale).to(torch.float8_e8m0fnu)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"scale_inv.dtype of .* is torch.float8_e8m0fnu"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"scale_inv.dtype of .* is torch.float8_e8m0fnu"),
+    ):
         experts(*drawn())

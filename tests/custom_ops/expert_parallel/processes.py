@@ -33,9 +33,11 @@ def spawn(
     """
     folder = Path(tempfile.mkdtemp(dir=folder))
     given = (work, ranks, folder, timeout_s, backend, args)
-    # Ranks are forked off a process that has imported what they need and done nothing else.
+    # Ranks are forked off a process that has imported what they need and done nothing else. Not those with a GPU: an
+    # import may ask how many there are, and CUDA does not start in a fork of a process that did.
+    method = "spawn" if backend == "nccl" else "forkserver"
     multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(_rank, given, nprocs=ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(_rank, given, nprocs=ranks, start_method=method)
     results = [folder / f"result_{rank}" for rank in range(ranks)]
     return [torch.load(path) if path.exists() else "died" for path in results]
 
