@@ -7,8 +7,8 @@ TensorRT-LLM's build of DeepGEMM and multiplies by the transposed problem below 
 `scaled_mm` promises partial sums in float32: with it, it would be the same library as `torch._scaled_mm`.
 
 It runs only where a table in `custom_ops/tables` says that it was the fastest, and stands first then. It compiles for
-minutes when it first runs, and again for each new N x K: a warm-up says that it does not cover it, and inside a CUDA
-graph capture it is an error.
+minutes when it first runs, which a warm-up does ahead, and again for each new N x K, of which the warm-up says that it
+does not cover it; inside a CUDA graph capture either is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from custom_ops.scales import as_rows, known, pitch_of, to_layout
 
 KIND = "float8_e4m3fn block"
 """How the tables call the product."""
+UNNAMED = "FlashInfer compiles block-scaled products by itself, for every N x K"
 _N_MULTIPLE = 64
 _LAYOUT = "column_major_tma"
 
@@ -82,12 +83,13 @@ def block_scaled_mm(
 
     Raises RuntimeError inside a CUDA graph capture for a problem that has not run yet.
     """
+    from custom_ops.jit import flashinfer as modules
     from custom_ops.jit import tracing
 
     n, k = b.shape
     out = torch.empty((*a.shape[:-1], n), dtype=out_dtype, device=a.device)
     if (trace := tracing.current()) is not None:
-        trace.uncovered("FlashInfer's block-scaled products")
+        modules.note(trace, "block_scaled_mm", "fp8_blockscale_gemm_90", UNNAMED)
         return out
     rows = as_rows(a).contiguous()
     m = rows.shape[0]

@@ -1,4 +1,4 @@
-"""The compilers by implementation. One for FlashInfer's modules is added with `register`."""
+"""The compilers by implementation; `register` adds one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _shipped = {
     "deep_gemm": "custom_ops.jit.deep_gemm:COMPILER",
     "cuda": "custom_ops.jit.cuda:COMPILER",
     "triton": "custom_ops.jit.triton:COMPILER",
+    "flashinfer": "custom_ops.jit.flashinfer:COMPILER",
 }
 # Runs whatever PyTorch has.
 _NOTHING = "reference"

@@ -100,14 +100,16 @@ def test_the_command_measures_draws_and_stops_in_time(tmp_path) -> None:
     assert row["warm_us"].keys() == {"ours", "inductor"}
     assert row["ratios"]["of_inductor"] > 0
     assert [drawn.stem[:4] for drawn in (tmp_path / "plots").glob("*.png")] == ["heat"]
+    first = path.rename(tmp_path / "first.json")  # a file is named by the second that it began in
     late = runner.invoke(heat.app, [*common, "--minutes", "0"])
     assert late.exit_code == 0, late.output
     assert f"0 of {len(heat.USUAL) * len(heat.TOKENS)} points" in late.output
-    more = [*common, "--op", "token_quant", "--minutes", "0", "--no-draw", "--resume", str(path)]
+    more = [*common, "--op", "token_quant", "--minutes", "0", "--no-draw", "--resume", str(first)]
+    more += ["--out", str(tmp_path / "resumed")]
     rest = runner.invoke(heat.app, more)
     assert f"0 of {len(heat.TOKENS) - 1} points" in rest.output, rest.output
-    newest = max(tmp_path.glob("heat-*.json"))
-    assert len(json.loads(newest.read_text())["rows"]) == 1  # what was resumed is in it too
+    (resumed,) = (tmp_path / "resumed").glob("heat-*.json")
+    assert len(json.loads(resumed.read_text())["rows"]) == 1  # what was resumed is in it too
 
 
 @given(ratios=st.lists(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=3), min_size=1))
