@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +58,8 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         _print_json({"arch": arch, "fusions": rows})
         return
-    table = Table("fusion", "toggle", "state", "why", title=f"fusions on {arch}")
+    toggle = Column("toggle", no_wrap=True)  # to be copied
+    table = Table("fusion", toggle, "state", "why", title=f"fusions on {arch}")
     for row in rows:
         state = "[green]on[/]" if row["on"] else "off"
         table.add_row(

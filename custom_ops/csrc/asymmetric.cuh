@@ -127,4 +127,9 @@ struct RowAsymmetric {
   }
 };
 
+template <typename T>
+struct LongThreads<RowAsymmetric<T>> {
+  static constexpr int kMost = 256;
+};
+
 }  // namespace custom_ops

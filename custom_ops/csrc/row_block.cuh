@@ -232,8 +232,14 @@ __global__ void __launch_bounds__(V == 4 ? kMaxThreadsOfFour : kMaxThreads, V ==
   sink.put(part, v);
 }
 
+// How many threads a sink has for a long row: fewer where it needs more registers than so many leave it.
+template <typename Sink>
+struct LongThreads {
+  static constexpr int kMost = kMaxLongThreads;
+};
+
 template <typename T, typename Maker, typename Sink>
-__global__ void __launch_bounds__(kMaxLongThreads)
+__global__ void __launch_bounds__(LongThreads<Sink>::kMost)
     long_row_kernel(const __grid_constant__ Maker maker, const __grid_constant__ Sink sink, int64_t cols,
                     bool aligned) {
   if (Sink::kPass == Pass::first) let_second_begin();
@@ -257,7 +263,8 @@ cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, in
   const int64_t vecs = (cols + kVec - 1) / kVec;
   const bool aligned = maker.vectorizable(cols);
   if (!aligned || vecs > kMaxVecs) {
-    const unsigned threads = vecs < kMaxLongThreads ? whole_warps(vecs) : kMaxLongThreads;
+    constexpr int kMost = LongThreads<Sink>::kMost;
+    const unsigned threads = vecs < kMost ? whole_warps(vecs) : kMost;
     const size_t shared = maker.shared_bytes(vecs);
     if (shared > 48 * 1024) return cudaErrorInvalidValue;  // what every launch may have
     return launch_kernel(long_row_kernel<T, Maker, Sink>, static_cast<unsigned>(rows), threads, shared, stream,
