@@ -180,6 +180,14 @@ def _named() -> Iterator[None]:
         trace.uncovered(f"Gluon's kernels: {error}"[:200])
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
+    from custom_ops.jit import tracing
+
+    if (trace := tracing.current()) is not None:  # which may be of a GPU that is not here
+        return max(1, trace.target.multiprocessors)
+    return _of_device(device)
+
+
+@functools.cache
+def _of_device(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -362,6 +362,26 @@ def case_descriptors_and_types_are_written_down() -> None:
     assert build([copy]).compiled == [copy]
 
 
+def case_warp_specialized_experts_are_compiled_ahead() -> None:
+    """Gluon's kernels, whose descriptors have a layout: those that the table takes for many tokens."""
+    weights = [operand("float8_e4m3fn", 128, *size) for size in ((1536, 2048), (2048, 768))]
+    scales = [operand("float32", 128, *size) for size in ((12, 16), (16, 6))]
+    routed = operand("float32", "s0", 8), operand("int64", "s0", 8)
+    experts = problem(
+        "fused_moe",
+        operand("bfloat16", "s0", 2048),
+        *weights,
+        *routed,
+        gate_up_scale=scales[0],
+        down_scale=scales[1],
+    )
+    kernels = traced(experts, 4096, 4096)
+    specialized = [k for k in kernels if "NVMMASharedLayout" in str(k.spec)]
+    assert specialized, [k["function"] for k in kernels if k.implementation == "triton"]
+    assert all("gluon" in k["function"] for k in specialized)
+    assert set(build(specialized).compiled) == set(specialized)
+
+
 def case_tuples_are_written_down() -> None:
     x, weight = operand("bfloat16", "s0", 16), operand("float32", 8, 8)
     found = Problem("composed", "triton", (x, weight, "tuples"), (2, None), True)
