@@ -252,6 +252,7 @@ def expert_parallel(
     import torch
 
     from bench import expert_parallel as ep
+    from bench import expert_parallel_world as world
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in part or ():
@@ -259,11 +260,11 @@ def expert_parallel(
             raise typer.BadParameter(
                 f"no part {name!r}; accepted: {', '.join(ep.PARTS)}", param_hint="--part"
             )
-    plan = ep.Plan(
+    plan = world.Plan(
         where,
         ranks or (torch.cuda.device_count() if where == "cuda" else 2),
         tuple(part or ep.PARTS),
-        ep.TINY if tiny else ep.Sizes(),
+        world.TINY if tiny else world.Sizes(),
         steps_seconds,
         out,
         commit,

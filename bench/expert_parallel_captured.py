@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import custom_ops
+from bench.expert_parallel_world import World, launched, row
 from bench.results import Row
 from custom_ops.expert_parallel import ep_combine_low_latency, ep_dispatch_low_latency
-
-if TYPE_CHECKING:
-    from bench.expert_parallel import World
 
 LAYERS = 2
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -70,7 +68,6 @@ def launches(call: Callable[[], Any]) -> Counter[str]:
 
 def count(world: World, layer: Any, mode: str, tokens: int) -> Row:
     """The row of one mode. In `fired`: graphs launched, kernels outside of them, and those of the ops by themselves."""
-    from bench.expert_parallel import launched, row
 
     x, ids, weights = world.draw(tokens)
     router = torch.randn(world.sizes.hidden, world.sizes.experts, device=world.device).bfloat16()

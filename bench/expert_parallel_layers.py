@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import custom_ops
+from bench.expert_parallel_world import World
 from custom_ops.expert_parallel import (
     ep_combine_low_latency,
     ep_dispatch_low_latency,
     reference,
 )
-
-if TYPE_CHECKING:
-    from bench.expert_parallel import World
 
 BATCH_TILE = 256  # a multiple of what rows of each expert DeepGEMM takes
 

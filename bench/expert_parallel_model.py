@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fusion_passes
+from bench.expert_parallel_captured import launches
+from bench.expert_parallel_world import World, launched, row
 from bench.results import Row
-
-if TYPE_CHECKING:
-    from bench.expert_parallel import World
 
 REWRITE = "quantize_before_dispatch"
 TOKENS = (512, 4096)
@@ -70,7 +69,6 @@ def first(out: Any) -> Tensor:
 
 def rewrite(world: World) -> Iterator[Row]:
     """A block-scaled layer with tokens quantized before they travel (ours), and on the ranks that receive them."""
-    from bench.expert_parallel import launched, row
 
     block: Any = fusion_passes.quantize_(block_of(world), "fp8_block")
     fusion_passes.parallelize_experts_(block, world.group)
@@ -94,8 +92,6 @@ def captured(world: World) -> Iterator[Row]:
 
     In `fired`: graphs launched in a call, and kernels outside of them.
     """
-    from bench.expert_parallel import launched, row
-    from bench.expert_parallel_captured import launches
 
     if not world.cuda:
         return

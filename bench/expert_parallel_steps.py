@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import custom_ops
+from bench.expert_parallel_world import World
 from bench.results import Row
 from custom_ops.expert_parallel import ep_combine_low_latency, ep_dispatch_low_latency
-
-if TYPE_CHECKING:
-    from bench.expert_parallel import World
 
 WANTED = 10_000
 BLOCK = 100  # steps between two looks at the clock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import expert_parallel as ep
+from bench import expert_parallel_world as world
 from bench import results
 
 
@@ -13,7 +14,7 @@ def measured(tmp_path_factory):
     """The run, and the file that it was written to."""
     out = tmp_path_factory.mktemp("results")
     parts = tuple(part for part in ep.PARTS if part not in ("captured", "model"))
-    return ep.measure(ep.Plan("cpu", 2, parts, ep.TINY, 20.0, out, "abc"))
+    return ep.measure(world.Plan("cpu", 2, parts, world.TINY, 20.0, out, "abc"))
 
 
 def test_every_part_has_its_rows(measured):
@@ -49,4 +50,4 @@ def test_rows_say_what_ran_against_what(measured):
 
 def test_a_part_that_measures_nothing_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="no row was measured"):
-        ep.measure(ep.Plan("cpu", 2, ("captured",), ep.TINY, 1.0, tmp_path, ""))
+        ep.measure(world.Plan("cpu", 2, ("captured",), world.TINY, 1.0, tmp_path, ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import expert_parallel as ep
+from bench import expert_parallel_world as world
 
 pytest.importorskip("transformers", reason="needs the extra 'models'")
 
@@ -12,7 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra 'models'")
 def test_the_rewrite_on_and_off(tmp_path, monkeypatch):
     """Both give the same bits, and the row says what was compared with what."""
     monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes seconds for an op
-    run, _ = ep.measure(ep.Plan("cpu", 2, ("model",), ep.TINY, 1.0, tmp_path, ""))
+    run, _ = ep.measure(world.Plan("cpu", 2, ("model",), world.TINY, 1.0, tmp_path, ""))
     assert [row.case for row in run.rows] == ["ep_compiled_fp8"]
     for row in run.rows:
         assert not row.errors
