@@ -101,6 +101,8 @@ def block_scaled_mm(
         )
     from flashinfer.gemm import fp8_blockscale_gemm_sm90
 
+    if problem not in compiled:
+        modules.first_call("block_scaled_mm", "fp8_blockscale_gemm_90")
     with on_device(a):
         fp8_blockscale_gemm_sm90(
             rows,

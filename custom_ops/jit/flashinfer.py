@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from custom_ops import platform
-from custom_ops.jit import tracing
+from custom_ops.jit import monitor, tracing
 from custom_ops.jit.kernel import Compiler, Kernel, Problem, Target
 
 NAME = "flashinfer"
@@ -40,6 +40,18 @@ def note(trace: tracing.Trace, op: str, module: str, uncovered: str = "") -> Non
         trace.add(Kernel.of(op, NAME, {"module": module}))
     if uncovered:
         trace.uncovered(uncovered)
+
+
+def first_call(op: str, module: str) -> None:
+    """Tell the monitor of a module that FlashInfer has yet to build. Raises JitError after a strict warm-up."""
+    if not monitor.armed():
+        return
+    from flashinfer.jit import env
+
+    places = (env.FLASHINFER_AOT_DIR, env.FLASHINFER_JIT_DIR)
+    if not any((Path(place) / module / f"{module}.so").exists() for place in places):
+        _, sizes = monitor.calling()
+        monitor.compiling(op, NAME, sizes, module)
 
 
 class Modules(Compiler):

@@ -64,6 +64,8 @@ def _run(problem: Problem, prepared: Prepared) -> Tensor:
         )
     import flashinfer.fused_moe as library
 
+    if kind not in compiled:
+        modules.first_call(OP, "fused_moe_90")
     gate_up, scales = problem.gate_up, None
     if act.gated:
         gate_up = up_first(gate_up)

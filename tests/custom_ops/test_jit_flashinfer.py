@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from custom_ops import platform
 from custom_ops.gemm import flashinfer_sm90
-from custom_ops.jit import compilers, flashinfer, tracing
+from custom_ops.jit import compilers, flashinfer, monitor, tracing
 from custom_ops.jit.building import CompileError, compile_all
 from custom_ops.jit.kernel import Kernel, Target
 from custom_ops.moe import experts_flashinfer
@@ -143,3 +145,36 @@ def test_the_product_names_its_module_in_a_trace(monkeypatch: pytest.MonkeyPatch
     assert said == ("a trace", "block_scaled_mm", "fp8_blockscale_gemm_90", flashinfer_sm90.UNNAMED)
     assert "for every N x K" in flashinfer_sm90.UNNAMED
     assert "for every shape" in experts_flashinfer.UNNAMED
+
+
+@pytest.mark.parametrize("place", ["FLASHINFER_JIT_DIR", "FLASHINFER_AOT_DIR"])
+def test_a_module_that_is_built_after_a_warm_up_is_an_event(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jit = ModuleType("flashinfer.jit")
+    jit.env = ModuleType("flashinfer.jit.env")
+    for name in ("FLASHINFER_JIT_DIR", "FLASHINFER_AOT_DIR"):
+        setattr(jit.env, name, tmp_path / name)
+    for name, module in (("flashinfer", ModuleType("flashinfer")), ("flashinfer.jit", jit)):
+        monkeypatch.setitem(sys.modules, name, module)
+    try:
+        flashinfer.first_call("fused_moe", "fused_moe_90")  # nobody warmed up
+        assert monitor.events() == ()
+        monitor.arm()
+        flashinfer.first_call("fused_moe", "fused_moe_90")
+        (event,) = monitor.events()
+        assert (event.op, event.implementation, event.kernel) == (
+            "fused_moe",
+            "flashinfer",
+            "fused_moe_90",
+        )
+        monitor.arm(strict=True)
+        with pytest.raises(monitor.JitError, match="fused_moe_90"):
+            flashinfer.first_call("fused_moe", "fused_moe_90")
+        library = tmp_path / place / "fused_moe_90" / "fused_moe_90.so"
+        library.parent.mkdir(parents=True)
+        library.touch()
+        flashinfer.first_call("fused_moe", "fused_moe_90")
+        assert len(monitor.events()) == 1
+    finally:
+        monitor.disarm()
