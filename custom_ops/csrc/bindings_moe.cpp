@@ -102,6 +102,7 @@ void align_op(StableIValue* stack, uint64_t, uint64_t) {
   args.fill = args.pairs;
   args.block_experts = int32s(block_experts);
   args.num_padded = int32s(num_padded);
+  args.next_waits = true;  // the grouped products, which only ask for weights before
   launch_align(kAlign, args, device, current_stream(device));
   put(stack[0], sorted_ids);
   put(stack[1], block_experts);

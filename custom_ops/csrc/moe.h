@@ -78,6 +78,9 @@ struct AlignArgs {
   int32_t* counts;   // the scratch, [blocks, experts]
   int32_t blocks;
   int32_t chunk;  // pairs of a block
+  // A kernel behind this one that may begin early reads and writes nothing before it has waited, but for what no kernel
+  // writes (weights): then it may begin with this one, and not only when all that is ahead of this one is done.
+  bool next_waits;
 };
 
 // Divides the pairs among blocks. The caller then makes the scratch if there is more than one.

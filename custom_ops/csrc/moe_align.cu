@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_
   const int first = static_cast<int>(blockIdx.x) * p.chunk;
   const int end = p.pairs - first < p.chunk ? p.pairs : first + p.chunk;
   Tile<Items> tile;
-  // What comes next may rely on all that is ahead of this kernel, so it begins after this wait.
+  // What comes next may rely on all that is ahead of this kernel, so it begins after this wait, unless it waits itself.
+  if (S == Step::only && p.next_waits) let_second_begin();
   if constexpr (S != Step::place) wait_for_first();
   let_second_begin();
   tile.load(p, first, end);

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from custom_ops.jit import deep_gemm as jit
 from custom_ops.jit import tracing
+from custom_ops.jit.deep_gemm_first_call import first_call_of, multiprocessors_of
 from custom_ops.jit.deep_gemm_tiles import ALIGNMENT, BLOCK_K, Product, kernel_of, transpose_of
 from custom_ops.jit.kernel import Kernel
 from custom_ops.scales import pitch_of
@@ -57,7 +57,7 @@ def _run(
     scale = left[1]
     if (trace := tracing.current()) is not None:
         if trace.can("deep_gemm"):
-            trace.add(kernel_of(m, product, jit.multiprocessors_of(trace.target)))
+            trace.add(kernel_of(m, product, multiprocessors_of(trace.target)))
             if _transposes(scale, rows):
                 trace.add(transpose_of(m, product))
         return
@@ -67,7 +67,7 @@ def _run(
         return
     _check_alignment(product)
     capturing = torch.cuda.is_current_stream_capturing()
-    with jit.first_call_of(product, m, out.device.index, _transposes(scale, rows), capturing):
+    with first_call_of(product, m, out.device.index, _transposes(scale, rows), capturing):
         _call(product, m, left, right, out, which)
     _ran.add(problem)
 

@@ -25,6 +25,7 @@ from custom_ops import library
 from custom_ops.implementation import CUDA_NAMESPACE
 from custom_ops.jit import sizes
 from custom_ops.jit.kernel import Kernel, Operand, Problem, Target
+from custom_ops.jit.launches import kernel_of
 from custom_ops.scales import has_layout
 
 _state = threading.local()
@@ -133,9 +134,7 @@ class Trace:
         launch = self._specializer(function, args, kwargs)
         if launch not in self._launches:
             self._launches.add(launch)
-            from custom_ops.jit import triton
-
-            self.add(triton.kernel_of(self._op, launch, self.example))
+            self.add(kernel_of(self._op, launch, self.example))
 
     def _follow(self, op: library.Op, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `Op.kernel` does, except that what is known to reach certain kernels is not run."""

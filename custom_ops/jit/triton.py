@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,11 +26,8 @@ from custom_ops.jit.kernel import (
     Target,
     powers_and_boundaries,
 )
+from custom_ops.jit.launches import IMPLEMENTATION, launch_of
 
-if TYPE_CHECKING:
-    from custom_ops.jit.triton_internals import Launch
-
-IMPLEMENTATION = "triton"
 OUTPUT = "files.json"
 # Heights of tiles; what a table adds between them only "full" finds.
 TILES = (16, 32, 64, 128, 256)
@@ -44,25 +40,10 @@ def folder() -> Path:
     return store.root() / "triton"
 
 
-def kernel_of(op: str, launch: Launch, example: Mapping[str, int]) -> Kernel:
-    """A launch as a kernel: its parameters by name."""
-    spec = {"function": launch.function, "options": launch.options, **dict(launch.arguments)}
-    return Kernel.of(op, IMPLEMENTATION, spec, **example)
-
-
-def launch_of(kernel: Kernel) -> Launch:
-    """Back again. The order of the parameters is that of the kernel's function, not of the spec."""
-    from custom_ops.jit.triton_internals import Launch, parameters
-
-    spec = dict(kernel.spec)
-    names = parameters(spec["function"])
-    return Launch(spec["function"], tuple((name, spec[name]) for name in names), spec["options"])
-
-
 class Triton(Compiler):
     """Finds specializations by tracing ops, and compiles them without a GPU."""
 
-    name = "triton"
+    name = IMPLEMENTATION
     memory = 1 << 30
 
     def version(self) -> str:

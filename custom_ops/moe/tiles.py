@@ -48,7 +48,8 @@ class Tile:
     tma: read weights (and what `gate_up` wrote) by the tensor memory accelerator where that is possible. roles: by the
     kernel of `gluon_experts` where it takes the problem, which of all this has stages and a band of its own. ahead:
     cache lines of each row of the weight, a power of two, that the first programs ask for in L2 while the kernel before
-    still runs; for where most experts have few pairs, and all wait for memory.
+    still runs; for where most experts have few pairs, and all wait for memory. next: as many lines, that every program
+    asks for of the one that takes its place on the GPU.
     """
 
     n: int
@@ -61,6 +62,7 @@ class Tile:
     tma: bool = True
     roles: bool = False
     ahead: int = 0
+    next: int = 0
 
     def within(self, rows: int, itemsize: int, shared_bytes: int) -> Tile:
         """With as few stages as the shared memory asks for; rows: of both operands together."""

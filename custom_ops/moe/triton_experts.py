@@ -22,13 +22,14 @@ from custom_ops.moe.triton_operands import (
     constants,
     fitting,
     pointer,
+    resident,
     rows_by_descriptor,
     rows_operands,
     strides,
     vector,
     weight_operand,
 )
-from custom_ops.moe.triton_products import activate, ask_for, contract, finish, place
+from custom_ops.moe.triton_products import activate, ask_for, ask_for_next, contract, finish, place
 from custom_ops.platform import on_device
 from custom_ops.quantization.triton_codes import codes_of, magnitude_bits, scale_of
 from custom_ops.scales import as_rows, code_max
@@ -102,10 +103,10 @@ def _gate_up_tile(
         tl.store(out_ptrs, out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks", "pairs"])
+@triton.jit(do_not_specialize=["blocks", "pairs", "resident"])
 def _gate_up(
     x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr, experts_ptr, ahead_ptr,
-    blocks, pairs, top_k, width, K, experts,
+    blocks, pairs, top_k, width, K, experts, resident,
     x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     alpha, limit, min_amax,
     T: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
@@ -113,34 +114,41 @@ def _gate_up(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
     UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
-    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, NEXT: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    block, column_tile = place(blocks, tl.cdiv(width, BLOCK_N), BAND)
+    tiles = tl.cdiv(width, BLOCK_N)
+    block, column_tile = place(tl.program_id(0), blocks, tiles, BAND)
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    HALVES: tl.constexpr = 2 if GATE != "relu2" and not INTERLEAVED else 1
+    rows = 2 * width if GATE != "relu2" else width
     if PDL:
-        if AHEAD > 0:
+        if AHEAD > 0:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
             # The index is not there yet. Where most experts have a block, that of this one is about its number, and
-            # what is asked for too early here is what a neighbour needs.
-            COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
-            rows = 2 * width if GATE != "relu2" else width
-            likely = tl.minimum(block, experts - 1)
-            ask_for(
-                ahead_ptr,
-                likely,
-                column_tile * COLUMNS,
-                rows,
-                K,
-                w_expert,
-                w_row,
-                COLUMNS,
-                AHEAD,
-                LINE,
-            )
-            if GATE != "relu2" and not INTERLEAVED:
-                ask_for(
-                    ahead_ptr, likely, width + column_tile * COLUMNS, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
-                )  # fmt: skip
+            # what is asked for too early here is what a neighbour needs. Later programs do not run that early.
+            if tl.program_id(0) < resident:
+                likely, first = tl.minimum(block, experts - 1), column_tile * COLUMNS
+                ask_for(ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE)
+                if HALVES == 2:
+                    ask_for(
+                        ahead_ptr,
+                        likely,
+                        width + first,
+                        rows,
+                        K,
+                        w_expert,
+                        w_row,
+                        COLUMNS,
+                        AHEAD,
+                        LINE,
+                    )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if NEXT > 0:
+        ask_for_next(
+            ahead_ptr, experts_ptr, tl.program_id(0) + resident, blocks, tiles, rows, K, width, w_expert, w_row,
+            BAND, COLUMNS, HALVES, NEXT, LINE,
+        )  # fmt: skip
     expert = tl.load(experts_ptr + block)
     if expert < 0:
         return
@@ -205,27 +213,44 @@ def _down_tile(
     tl.store(out_ptrs, out, mask=(pair < pairs)[:, None] & (column < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["blocks", "pairs"])
+@triton.jit(do_not_specialize=["blocks", "pairs", "resident"])
 def _down(
     a, a_half, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr, experts_ptr, ahead_ptr,
-    blocks, pairs, N, K, experts,
+    blocks, pairs, N, K, experts, resident,
     a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     T: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
     UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
-    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+    BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, NEXT: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    block, column_tile = place(blocks, tl.cdiv(N, BLOCK_N), BAND)
+    tiles = tl.cdiv(N, BLOCK_N)
+    block, column_tile = place(tl.program_id(0), blocks, tiles, BAND)
     if PDL:
-        if AHEAD > 0:
-            # The index is there: the first product has waited for it, or this kernel would not run yet.
-            known = tl.minimum(tl.maximum(tl.load(experts_ptr + block), 0), experts - 1)
-            ask_for(
-                ahead_ptr, known, column_tile * BLOCK_N, N, K, w_expert, w_row, BLOCK_N, AHEAD, LINE
-            )
+        if AHEAD > 0:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
+            if tl.program_id(0) < resident:
+                # The index is there: the first product has waited for it, or this kernel would not run yet.
+                known = tl.minimum(tl.maximum(tl.load(experts_ptr + block), 0), experts - 1)
+                ask_for(
+                    ahead_ptr,
+                    known,
+                    column_tile * BLOCK_N,
+                    N,
+                    K,
+                    w_expert,
+                    w_row,
+                    BLOCK_N,
+                    AHEAD,
+                    LINE,
+                )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if NEXT > 0:
+        ask_for_next(
+            ahead_ptr, experts_ptr, tl.program_id(0) + resident, blocks, tiles, N, K, 0, w_expert, w_row,
+            BAND, BLOCK_N, 1, NEXT, LINE,
+        )  # fmt: skip
     expert = tl.load(experts_ptr + block)
     if expert < 0:
         return
@@ -347,6 +372,7 @@ def gate_up(
                 out.view(torch.uint8) if quantize else out, scale,
                 aligned.sorted_ids, aligned.block_experts, asked_for(rows, weight, tile),
                 blocks, x.shape[0] * top_k, top_k, width, hidden, experts,
+                resident(tile, aligned.block_size + halves * tile.n, rows, weight),
                 rows.stride(0), *strides(x_scale, 2), *weight.stride(), *strides(w_scale, 3), strides(bias, 2)[0],
                 activation.alpha, activation.limit, min_amax,
                 GATE=activation.name, INTERLEAVED=activation.interleaved, QUANTIZE=quantize,
@@ -406,6 +432,7 @@ def down(
                 weight_operand(weight, tile.n, tile), w_scale, bias, out,
                 aligned.sorted_ids, aligned.block_experts, asked_for(rows, weight, tile),
                 blocks, num_pairs, hidden, width, experts,
+                resident(tile, aligned.block_size + tile.n, rows, weight),
                 rows.stride(0), *strides(act_scale, 2), *weight.stride(), *strides(w_scale, 3), strides(bias, 2)[0],
                 BLOCK_M=aligned.block_size, UNIFORM=GROUP % tile.n == 0, A_TMA=rows_by_descriptor(rows, tile),
                 **constants(rows, weight, bias, w_scale, dtype, tile),

@@ -53,6 +53,7 @@ def constants(
         "HALVE": tile.halve,
         "PDL": pdl,
         "AHEAD": tile.ahead if asked_for(rows, weight, tile) is not None else 0,
+        "NEXT": tile.next if asked_for(rows, weight, tile) is not None else 0,
         "LINE": 128 // weight.element_size(),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -61,8 +62,26 @@ def constants(
 
 
 def asked_for(rows: Tensor, weight: Tensor, tile: Tile) -> Tensor | None:
-    """The weight whose rows a kernel asks for before it may run; None where it does not."""
-    return pointer(weight) if tile.ahead and hopper(rows) and weight.stride(2) == 1 else None
+    """The weight whose rows a kernel asks for before it reads them; None where it does not."""
+    asks = (tile.ahead or tile.next) and hopper(rows) and weight.stride(2) == 1
+    return pointer(weight) if asks else None
+
+
+def resident(tile: Tile, shared_rows: int, rows: Tensor, weight: Tensor) -> int:
+    """About how many programs are on the GPU at once, by the shared memory that the stages of `fitting` take."""
+    if rows.device.type != "cuda":
+        return 0
+    itemsize = max(rows.element_size(), weight.element_size())
+    return _resident(tile, shared_rows, itemsize, rows.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resident(tile: Tile, rows: int, itemsize: int, device: torch.device) -> int:
+    properties = _properties(device)
+    stages = tile.stages * rows * tile.k * itemsize
+    return int(
+        properties["multiprocessor_count"] * max(1, properties["max_shared_mem"] // max(stages, 1))
+    )
 
 
 def fitting(tile: Tile, shared_rows: int, rows: Tensor, weight: Tensor) -> Tile:
@@ -75,9 +94,13 @@ def fitting(tile: Tile, shared_rows: int, rows: Tensor, weight: Tensor) -> Tile:
 
 @functools.lru_cache(maxsize=1024)
 def _bounded(tile: Tile, rows: int, itemsize: int, device: torch.device) -> Tile:
+    return tile.within(rows, itemsize, _properties(device)["max_shared_mem"])
+
+
+def _properties(device: torch.device) -> dict[str, int]:
     index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return tile.within(rows, itemsize, properties["max_shared_mem"])
+    found: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
+    return found
 
 
 def rows_by_descriptor(rows: Tensor, tile: Tile) -> bool:

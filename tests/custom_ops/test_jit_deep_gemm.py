@@ -16,7 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from custom_ops.gemm import deep_gemm as op
-from custom_ops.jit import deep_gemm, deep_gemm_names, deep_gemm_tiles, monitor
+from custom_ops.jit import (
+    deep_gemm,
+    deep_gemm_first_call,
+    deep_gemm_names,
+    deep_gemm_tiles,
+    monitor,
+)
 from custom_ops.jit.deep_gemm import COMPILER
 from custom_ops.jit.deep_gemm_names import code, digest, directory
 from custom_ops.jit.deep_gemm_tiles import Product, Tile, choose, tiles
@@ -228,15 +234,15 @@ class TestMonitor:
             get_num_sms = staticmethod(lambda: 132)
 
         monkeypatch.setitem(sys.modules, "deep_gemm", Module())
-        monkeypatch.setattr(deep_gemm, "_loaded", set())
+        monkeypatch.setattr(deep_gemm_first_call, "_loaded", set())
         monitor.disarm()
         yield
         monitor.disarm()
 
     def call(self, m: int, *, capturing: bool = False, compiles: str = "") -> None:
-        with deep_gemm.first_call(0, m, 4096, 4096, False, capturing):
+        with deep_gemm_first_call.first_call(0, m, 4096, 4096, False, capturing):
             if compiles:
-                (deep_gemm.cache() / "cache" / compiles).mkdir(parents=True)
+                (deep_gemm_names.cache() / "cache" / compiles).mkdir(parents=True)
 
     def test_before_a_warm_up_nothing_is_counted(self) -> None:
         self.call(64)
@@ -261,7 +267,7 @@ class TestMonitor:
         monitor.arm(strict=True)
         with pytest.raises(monitor.JitError, match="M=64, N=4096, K=4096"):
             self.call(64, compiles="never")
-        assert not (deep_gemm.cache() / "cache" / "never").exists()
+        assert not (deep_gemm_names.cache() / "cache" / "never").exists()
 
     def test_what_was_not_foreseen_is_counted(self) -> None:
         build([kernel_of(64, 4096, 4096, 132)])
@@ -369,15 +375,15 @@ class TestTheOp:
             get_num_sms = staticmethod(lambda: 132)
             fp8_gemm_nt = staticmethod(lambda left, right, out: calls.append(left[1].stride()))
 
-        original = deep_gemm.first_call
+        original = deep_gemm_first_call.first_call
 
         def first_call(*arguments):
             watched.append(arguments)
             return original(*arguments)
 
         monkeypatch.setitem(sys.modules, "deep_gemm", Module())
-        monkeypatch.setattr(deep_gemm, "_loaded", set())
-        monkeypatch.setattr(deep_gemm, "first_call", first_call)
+        monkeypatch.setattr(deep_gemm_first_call, "_loaded", set())
+        monkeypatch.setattr(deep_gemm_first_call, "first_call", first_call)
         monkeypatch.setattr(op, "compiled", set())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 

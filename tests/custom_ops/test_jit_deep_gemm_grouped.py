@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from custom_ops.jit import deep_gemm, deep_gemm_grouped, monitor
+from custom_ops.jit import deep_gemm_first_call, deep_gemm_grouped, monitor
 from custom_ops.jit.deep_gemm import COMPILER
 from custom_ops.jit.deep_gemm_names import code, directory
 from custom_ops.jit.deep_gemm_tiles import Product, choose, kernel_of, tiles, transpose_of
@@ -116,7 +116,7 @@ class TestCalls:
 
         self.module = Module
         monkeypatch.setitem(sys.modules, "deep_gemm", Module)
-        monkeypatch.setattr(deep_gemm, "_loaded", set())
+        monkeypatch.setattr(deep_gemm_first_call, "_loaded", set())
         monkeypatch.setattr(deep_gemm_grouped, "_ran", set())
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)

@@ -54,7 +54,8 @@ from custom_ops import library
 from custom_ops.jit import building, compilers, monitor, target, tracing
 from custom_ops.jit import triton_internals as internals
 from custom_ops.jit.kernel import Kernel
-from custom_ops.jit.triton import COMPILER, launch_of
+from custom_ops.jit.launches import launch_of
+from custom_ops.jit.triton import COMPILER
 from tests.custom_ops.triton_cases import operand, problem, quantized, scaled
 from custom_ops.jit.kernel import Operand
 

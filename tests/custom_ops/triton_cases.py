@@ -36,7 +36,8 @@ from custom_ops.jit import triton_internals as internals
 from custom_ops.jit.deep_gemm_tiles import Product
 from custom_ops.jit.deep_gemm_tiles import kernel_of as deep_gemm_kernel
 from custom_ops.jit.kernel import Kernel, NotCovered, Operand, Problem, Target
-from custom_ops.jit.triton import COMPILER, launch_of
+from custom_ops.jit.launches import launch_of
+from custom_ops.jit.triton import COMPILER
 
 H100 = Target("9.0a", 132, "580.0", "an H100")
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
