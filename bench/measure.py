@@ -69,7 +69,9 @@ def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
                 continue
             except Exception as error:  # one way must not cost the others their device time
                 row.errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+        facts = case.facts(*inputs) if case.facts else {}
     row.finish(copy_gbps, case.targets)
+    row.ratios |= facts
     return row
 
 
@@ -143,6 +145,6 @@ def _fired() -> dict[str, int]:
 
 
 def _registry() -> dict[str, Any]:
-    from fusion_passes.fusion import registry
+    from fusion_passes.registered import registry
 
     return registry()

@@ -29,7 +29,7 @@ def render(text: str) -> str:
 
 def fusions() -> str:
     """Every shipped fusion; third-party ones of this machine have no place in the README."""
-    from fusion_passes.fusion import registry
+    from fusion_passes.registered import registry
     from fusion_passes.tables import load
 
     archs = [f"sm_{version}" for version in sorted(load())]

@@ -48,7 +48,7 @@ def write(runs: Sequence[Run], folder: Path, family: str = "") -> list[Path]:
     Those of fusions go to `folder`; those of products to `PRODUCTS`, or below `folder` where that is not `TABLES`.
     family: one of FAMILIES, to leave all other tables alone.
     """
-    from fusion_passes.fusion import registry
+    from fusion_passes.registered import registry
 
     paths = []
     on_gpus = [run for run in runs if run.device["arch"] != "cpu"]

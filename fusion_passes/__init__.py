@@ -20,10 +20,9 @@ if TYPE_CHECKING:
         Scalar,
         SizeOf,
         Tensor,
-        register,
-        registry,
     )
     from fusion_passes.quantize import quantize_
+    from fusion_passes.registered import register, registry
     from fusion_passes.reporting import NearMiss, Report, Site, report, reports, reset_reports
     from fusion_passes.warming import JitEvent, WarmupPlan, jit_events, warmup, warmup_plan
 
@@ -37,10 +36,9 @@ _HOMES = {
         "Scalar",
         "SizeOf",
         "Tensor",
-        "register",
-        "registry",
     ),
     "quantize": ("quantize_",),
+    "registered": ("register", "registry"),
     "reporting": ("NearMiss", "Report", "Site", "report", "reports", "reset_reports"),
     "warming": ("JitEvent", "WarmupPlan", "jit_events", "warmup", "warmup_plan"),
 }

@@ -14,8 +14,8 @@ import custom_ops
 from custom_ops import cuda_build
 from fusion_passes import reporting, torch_internals, warming
 from fusion_passes import settings as settings_module
-from fusion_passes.fusion import registry
 from fusion_passes.manager import FusionPass
+from fusion_passes.registered import registry
 from fusion_passes.reporting import Report
 from fusion_passes.settings import Settings
 

@@ -38,7 +38,7 @@ OPTIONAL = {
 def list_(as_json: Json = False) -> None:
     """List every fusion, its toggle, its state on this machine, and why."""
     from fusion_passes import settings
-    from fusion_passes.fusion import registry
+    from fusion_passes.registered import registry
 
     arch = _arch()
     with _clear_errors():

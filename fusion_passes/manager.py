@@ -28,10 +28,11 @@ from fusion_passes import near_miss, reporting, slower, tables, torch_internals,
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
-from fusion_passes.fusion import Fusion, is_shipped, registry
+from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Match, candidates, find
 from fusion_passes.operations import describe, escapes, module_path, transparent
 from fusion_passes.places import Place
+from fusion_passes.registered import is_shipped, registry
 from fusion_passes.reporting import NearMiss, Report, Site
 from fusion_passes.rewriting import NotRewritten, Rewrite, choose
 from fusion_passes.settings import Settings

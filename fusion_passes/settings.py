@@ -380,7 +380,7 @@ def _nearest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def _registered() -> tuple[str, ...]:
-    from fusion_passes.fusion import registry  # here, for fusion files import settings
+    from fusion_passes.registered import registry  # here, for it imports this module
 
     return tuple(registry())
 

@@ -59,9 +59,9 @@ def llama():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_snippets(document, llama):
     """In order and in one namespace, as somebody who follows the document would type them."""
-    from fusion_passes import fusion
+    from fusion_passes import registered
 
-    registered = dict(fusion._registered)
+    before = dict(registered._registered)
     try:
         for index, snippet in enumerate(snippets(document, "python")):
             exec(compile(snippet, f"{document}, snippet {index}", "exec"), llama)
@@ -73,8 +73,8 @@ def test_python_snippets(document, llama):
                 ).logits
             assert logits.isfinite().all()
     finally:
-        fusion._registered.clear()
-        fusion._registered.update(registered)
+        registered._registered.clear()
+        registered._registered.update(before)
         torch.compiler.reset()
         fusion_passes.reset_reports()
 

@@ -17,7 +17,7 @@ from bench.results import Row, Run
 from bench.suites import suites
 from bench.timer import HostTimer
 from custom_ops import library
-from fusion_passes.fusion import registry
+from fusion_passes.registered import registry
 
 runner = CliRunner()
 CPU = torch.device("cpu")
@@ -58,12 +58,15 @@ def test_every_op_and_fusion_has_a_case():
     cases = [case for _, case in every_case(tiny=False)]
     # They take processes of their own: `bench expert-parallel`.
     both = {"ep_dispatch", "ep_combine"}
-    of_several_ranks = both | {f"{op}_low_latency" for op in both} | {"fused_moe_batched"}
+    of_several_ranks = both | {f"{op}_low_latency" for op in both}
+    of_several_ranks |= {"fused_moe_batched", "ep_fused_moe"}
     assert {case.op for case in cases if case.op} == set(library.ops()) - of_several_ranks
     judged_by_models = {
         "shared_group_quant",
         "torchao_blockwise_linear",
         "quantize_before_dispatch",
+        "gather_tokens",
+        "two_batch_overlap",
     }
     shipped = set(registry()) - judged_by_models
     assert {case.fusion for case in cases if case.fusion} == shipped

@@ -19,7 +19,7 @@ from bench.measure import Plan, measure
 from bench.results import Row, Run
 from bench.suites import layouts, quantization, suites, torchao
 from bench.timer import HostTimer
-from fusion_passes.fusion import registry
+from fusion_passes.registered import registry
 
 runner = CliRunner()
 CPU = torch.device("cpu")

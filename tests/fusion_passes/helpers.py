@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fusion_passes import Fusion, registry, verify
-from fusion_passes import fusion as fusion_module
+from fusion_passes import registered as registered_fusions
 from fusion_passes.testing import Result, fuse
 
 FP8 = torch.float8_e4m3fn
@@ -78,11 +78,11 @@ def misses(result: Result, fusion: str) -> list[str]:
 @contextmanager
 def registered(*fusions: Fusion) -> Iterator[None]:
     """Fusions of somebody else's, for the time of a test."""
-    before = dict(fusion_module._registered)
+    before = dict(registered_fusions._registered)
     try:
         for fusion in fusions:
-            fusion_module.register(fusion)
+            registered_fusions.register(fusion)
         yield
     finally:
-        fusion_module._registered.clear()
-        fusion_module._registered.update(before)
+        registered_fusions._registered.clear()
+        registered_fusions._registered.update(before)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from custom_ops import library
 from fusion_passes import demo, settings
 from fusion_passes.cli import app
-from fusion_passes.fusion import registry
+from fusion_passes.registered import registry
 
 runner = CliRunner()
 

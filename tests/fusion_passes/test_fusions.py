@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fusion_passes
 from fusion_passes import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor, registry, settings
-from fusion_passes import fusion as fusion_module
+from fusion_passes import registered as registered_fusions
 from fusion_passes.testing import assert_fusion_equivalent, fuse, model_fragments
 from tests.fusion_passes.helpers import FP8, assert_same, everything, random, registered
 
@@ -204,15 +204,15 @@ def test_a_registered_fusion_has_a_toggle(monkeypatch):
 
 def test_entry_points_register_fusions(monkeypatch):
     entry = importlib.metadata.EntryPoint(
-        "mine", f"{__name__}:MINE", fusion_module.ENTRY_POINT_GROUP
+        "mine", f"{__name__}:MINE", registered_fusions.ENTRY_POINT_GROUP
     )
     monkeypatch.setattr(
         importlib.metadata,
         "entry_points",
-        lambda group: [entry] if group == fusion_module.ENTRY_POINT_GROUP else [],
+        lambda group: [entry] if group == registered_fusions.ENTRY_POINT_GROUP else [],
     )
     monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: MINE)
-    monkeypatch.setattr(fusion_module, "_loaded", None)
+    monkeypatch.setattr(registered_fusions, "_loaded", None)
     assert registry()["my_scaled_tanh"] is MINE
     assert fuse(lambda x: _scaled_tanh(x, 2.0), random(3, 5), only=everything()).report.matches == {
         "my_scaled_tanh": 1
@@ -221,10 +221,12 @@ def test_entry_points_register_fusions(monkeypatch):
 
 @pytest.mark.parametrize("loaded", ["not a fusion", dataclasses.replace(MINE, name="rms_norm")])
 def test_bad_entry_points_are_errors(monkeypatch, loaded):
-    entry = importlib.metadata.EntryPoint("mine", "nowhere:MINE", fusion_module.ENTRY_POINT_GROUP)
+    entry = importlib.metadata.EntryPoint(
+        "mine", "nowhere:MINE", registered_fusions.ENTRY_POINT_GROUP
+    )
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: loaded)
-    monkeypatch.setattr(fusion_module, "_loaded", None)
+    monkeypatch.setattr(registered_fusions, "_loaded", None)
     with pytest.raises(
         (TypeError, ValueError),
         match=r"'mine' of fusion_passes\.fusions|two fusions are named 'rms_norm'",

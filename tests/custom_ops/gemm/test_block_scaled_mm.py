@@ -14,7 +14,7 @@ from torch import Tensor
 import custom_ops
 from custom_ops.gemm import cublaslt, deep_gemm
 from custom_ops.gemm.reference import dequantize_blocks, dequantize_rows
-from custom_ops.jit import deep_gemm as jit_deep_gemm
+from custom_ops.jit import deep_gemm_first_call
 from custom_ops.scales import SCALE_LAYOUTS, to_layout
 from fusion_passes.testing.strategies import (
     fp8_codes,
@@ -257,7 +257,7 @@ def test_deep_gemm_in_a_cuda_graph(monkeypatch):
     graph.replay()
     assert_same_bits(out, expected)
     # as in a process in which no other test has loaded a kernel
-    monkeypatch.setattr(jit_deep_gemm, "_loaded", set())
+    monkeypatch.setattr(deep_gemm_first_call, "_loaded", set())
     monkeypatch.setattr(deep_gemm, "compiled", set())
     other = torch.zeros(4096, 512, device="cuda").to(torch.float8_e4m3fn)  # wide: another tile
     other_scale = torch.ones(32, 4, device="cuda")
