@@ -44,6 +44,10 @@ def run(
     ] = True,
     cold: Annotated[bool, typer.Option(help="also with a cold L2")] = True,
     stock: Annotated[bool, typer.Option(help="also stock torch.compile")] = True,
+    implementations: Annotated[
+        bool, typer.Option(help="also each implementation of an op, not only the chosen one")
+    ] = True,
+    others: Annotated[bool, typer.Option(help="also the other ways of a case")] = True,
     fusions: Annotated[str, typer.Option(help="the plugin's fusions for whole models")] = "default",
     device: Annotated[str, typer.Option(help="cuda or cpu; what is there if not given")] = "",
     tiny: Annotated[bool, typer.Option(help="tiny sizes, to test the harness")] = False,
@@ -64,7 +68,7 @@ def run(
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     timer = timer_for(where)
-    plan = Plan(where, max_autotune, cold, fusions, stock)
+    plan = Plan(where, max_autotune, cold, fusions, stock, implementations, others)
     known = suites()
     for name in suite or known:
         if name not in known:

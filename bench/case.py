@@ -40,6 +40,7 @@ class Case:
     others: further baselines by name, each a function of the inputs that returns what to time.
     launched: ways that are also timed launch by launch, without a CUDA graph, as `<way>_launched`.
     check: a sentence on how a result differs from what eager returned, or None.
+    facts: figures of the drawn inputs that stand beside the times, in `Row.ratios`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     others: Mapping[str, Callable[[Inputs], Thunk]] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     launched: tuple[str, ...] = ()
+    facts: Callable[..., Mapping[str, float]] | None = None
 
     @property
     def label(self) -> str:

@@ -31,10 +31,13 @@ from bench.expert_parallel_world import (
 )
 from bench.results import Row, Run
 
-TIMER = "slowest rank's median; launched: events around a call; graphed: a CUDA graph of 20 calls"
+TIMER = (
+    "slowest rank's median; launched: events around a call; graphed: a CUDA graph of 2 to 20 calls"
+)
 WITHIN = 1 / 1.05  # of raw DeepEP
 FP8_OF_BF16 = 1 / 0.75
 MOST_LOW_LATENCY = 256
+LEAST_SPLIT = 1024
 GROUP_TIMEOUT = datetime.timedelta(seconds=90)
 
 
@@ -189,25 +192,37 @@ def layers(world: World) -> Iterator[Row]:
     layer = Layer.of(world)
     for tokens in world.plan.tokens or world.sizes.layer_tokens:
         x, ids, weights = world.draw(tokens)
+        bounded = partial(layer.whole, x, ids, weights, max_tokens=tokens)
+        gathered = partial(bounded, exchange="gather")  # what the fusion gather_tokens makes of it
         calls: dict[str, Call] = {
-            "ours": partial(layer.dispatched, x, ids, weights),
+            "ours": gathered,
             "all_gather": partial(layer.gathered, x, ids, weights),
+            "dispatched": partial(layer.dispatched, x, ids, weights),
         }
-        in_graphs = {"all_gather_graphed": calls["all_gather"]}
+        in_graphs: dict[str, Call] = {
+            "all_gather_graphed": calls["all_gather"],
+            "ours_graphed": gathered,
+        }
+        alone: Call = partial(layer.alone, x, ids, weights)
+        if tokens >= LEAST_SPLIT:
+            calls["ours_in_halves"] = partial(gathered, split_from=1)
+            calls["dispatched_in_halves"] = partial(bounded, split_from=1)
         if has_deep_ep(world):
-            calls["nccl"] = partial(layer.over_nccl, x, ids, weights)
-            bounded = partial(layer.dispatched, x, ids, weights, max_tokens=tokens)
-            in_graphs["ours_graphed"] = bounded
+            in_graphs["dispatched_graphed"] = bounded
         if tokens <= MOST_LOW_LATENCY and layer.has_low_latency:
             in_graphs["low_latency_graphed"] = partial(layer.low_latency, x, ids, weights)
         times = launched(world, calls)
-        errors = {}
-        for name, call in in_graphs.items():
-            try:
-                times |= graphed(world, {name: call}, repeats=4, replays=5)
-            except RuntimeError as error:  # the same on every rank, or the next collective ends it
-                errors[name] = str(error)
+        errors: dict[str, str] = {}
+        try:  # all in turns: a GPU that is warmer is slower
+            together = {**in_graphs, "experts_alone_graphed": alone}
+            times |= graphed(world, together, repeats=2, replays=6)
+        except RuntimeError as error:  # the same on every rank, or the next collective ends it
+            errors |= dict.fromkeys(in_graphs, str(error))
         made = row(world, "ep_layer_bf16", tokens, times, errors=errors)
+        if {"ours_graphed", "all_gather_graphed"} <= times.keys():
+            made.ratios["graphed_of_all_gather"] = (
+                times["all_gather_graphed"] / times["ours_graphed"]
+            )
         wanted = calls["all_gather"]()
         for name, call in {**calls, **in_graphs}.items():
             if name not in errors and not layer.close(call(), wanted):
@@ -241,12 +256,20 @@ def model(world: World) -> Iterator[Row]:
     yield from expert_parallel_model.captured(world)
 
 
+def overlap(world: World) -> Iterator[Row]:
+    """The layer in two halves, one of which travels while the experts have the other, and in one."""
+    from bench import expert_parallel_overlap
+
+    yield from expert_parallel_overlap.rows(world)
+
+
 PARTS: dict[str, Callable[[World], Iterator[Row]]] = {
     "high_throughput": high_throughput,
     "low_latency": low_latency,
     "quantize_first": quantize_first,
     "steps": steps,
     "layers": layers,
+    "overlap": overlap,
     "model": model,
     "captured": captured,
 }
@@ -280,6 +303,10 @@ def measure(plan: Plan) -> tuple[Run, Path]:
     if not fresh:
         raise RuntimeError(f"expert-parallel: no row was measured (parts {plan.parts}) {failure}")
     run = results.load(fresh[-1])
+    if "overlap" in plan.parts:
+        from bench import expert_parallel_overlap
+
+        expert_parallel_overlap.draw_all(plan.out, run.device["name"])
     if failure:
         run.rows.append(Row("ep_run", {"ranks": plan.ranks}, errors={"run": failure}))
         run.save(plan.out)

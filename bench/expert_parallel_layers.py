@@ -49,6 +49,21 @@ class Layer:
         y = self.experts(out[0], out[3], out[2])
         return custom_ops.ep_combine(y, *out[5:], self.world.group, max_tokens=max_tokens)
 
+    def whole(
+        self, x: Tensor, ids: Tensor, weights: Tensor, scale: Tensor | None = None, **how: Any
+    ) -> Tensor:
+        """By the op of all three. how: max_tokens, exchange, split_from, and the scales of block-scaled weights."""
+        rest = self.world.sizes.experts, self.world.group
+        return custom_ops.ep_fused_moe(
+            x, scale, ids, weights, self.gate_up, self.down, *rest, **how
+        )
+
+    def alone(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The experts here, of as many tokens as all ranks have: no rank hears of another."""
+        ranks = self.world.ranks
+        x, ids, weights = (torch.cat([t] * ranks) for t in (x, ids, weights))
+        return self.experts(x, weights, torch.where(ids < self.world.local, ids, -1))
+
     def over_nccl(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """By the reference of the ops."""
         rest = self.world.sizes.experts, self.world.group

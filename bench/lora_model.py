@@ -19,7 +19,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import results
+from bench import ahead, results
 from bench.case import activation, close
 from bench.results import FOLDER, Row
 from bench.suites.layer import FULL, TINY, Stack
@@ -109,6 +109,17 @@ def way(
         yield lambda: compiled(hidden)
 
 
+def compile_one(name: str, tokens: int, layers: int, adapters: int, rank: int, tiny: bool) -> None:
+    """Compile what a way of a step needs, into Inductor's cache on the disk. What raises says so when it is timed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = Models(device, layers, adapters, rank, tiny)
+    rows = rows_of(tokens, adapters)
+    hidden = activation(device, rows, tokens // rows, models.hidden)
+    step = way(models, name, hidden, models.names[:rows])
+    with torch.no_grad(), ahead.unlaunched(), suppress(Exception), step as call:
+        call()
+
+
 def wall_clock(call: Callable[[], Tensor], runs: int = 5) -> float:
     """Microseconds of a call, with what the host does; the median."""
     times = []
@@ -164,6 +175,9 @@ def main(
     adapters: int = 32,
     rank: int = 16,
     seconds: Annotated[float, typer.Option(help="begin nothing new after so long")] = 100.0,
+    ahead_seconds: Annotated[
+        float, typer.Option(help="compile all ways side by side first, for no longer")
+    ] = 0.0,
     way: Annotated[
         list[str] | None, typer.Option(help=f"of {', '.join(WAYS)}; all if not given")
     ] = None,
@@ -172,13 +186,22 @@ def main(
     commit: Annotated[str, typer.Option(help="the commit, where git is not at hand")] = "",
 ) -> None:
     """Measure. Exits with 1 when a way raised or gave a wrong result."""
-    begun = time.monotonic()
     console = Console(width=160)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timer = timer_for(device)
     for name in way or ():
         if name not in WAYS:
             raise typer.BadParameter(f"no way {name!r}; accepted: {', '.join(WAYS)}")
+    if ahead_seconds > 0:
+        sizes = layers, adapters, rank, tiny
+        compiled = [name for name in way or WAYS if name != "peft_mixed"]
+        tasks = [
+            functools.partial(compile_one, name, count, *sizes)
+            for name in compiled
+            for count in tokens
+        ]
+        console.print(str(ahead.run(tasks, seconds=ahead_seconds)), markup=False)
+    begun = time.monotonic()
     models = Models(device, layers, adapters, rank, tiny)
     session = results.describe("lora_model", device, timer.name, 0.0)
     session.commit = commit or session.commit

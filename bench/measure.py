@@ -26,7 +26,8 @@ COMPILED = (PLUGIN, INDUCTOR, MAX_AUTOTUNE)
 class Plan:
     """What to run: `fusions` is the plugin's setting where a case decides about no fusion of its own.
 
-    stock: also stock `torch.compile`, which takes most of the time.
+    stock: also stock `torch.compile`, which takes most of the time. implementations: also each implementation of the
+    op, and not only the one that it chooses. others: also what a case has of other ways.
     """
 
     device: torch.device
@@ -34,6 +35,8 @@ class Plan:
     cold: bool = True
     fusions: str = "default"
     stock: bool = True
+    implementations: bool = True
+    others: bool = True
 
 
 def measure(case: Case, plan: Plan, timer: Timer, copy_gbps: float) -> Row:
@@ -82,7 +85,7 @@ def ways(case: Case, plan: Plan, inputs: Inputs) -> Iterator[tuple[str, Callable
         args, kwargs = case.op_args(*inputs)
         yield OURS, lambda: lambda: op(*args, **kwargs)
         bound, keywords = op._bind(args, kwargs)
-        for each in op.implementations:
+        for each in op.implementations if plan.implementations else ():
             unsupported = each.unsupported and each.unsupported(*bound, **keywords)
             if each.name != "reference" and each.name in op.usable(plan.device) and not unsupported:
                 yield (
@@ -96,7 +99,7 @@ def ways(case: Case, plan: Plan, inputs: Inputs) -> Iterator[tuple[str, Callable
         yield INDUCTOR, lambda: _compiled(case, inputs)
     if plan.stock and plan.max_autotune:
         yield MAX_AUTOTUNE, lambda: _compiled(case, inputs, mode="max-autotune-no-cudagraphs")
-    for name, other in case.others.items():
+    for name, other in case.others.items() if plan.others else ():
         yield name, functools.partial(other, inputs)
 
 

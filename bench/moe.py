@@ -154,7 +154,6 @@ def draw(rows: Sequence[Row], device: str, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     paths = []
     for case in dict.fromkeys(row.case for row in rows):
         line = sorted(
@@ -180,9 +179,15 @@ def draw(rows: Sequence[Row], device: str, folder: Path) -> list[Path]:
         axes.set_title(f"{title}, {device}", loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-        paths.append(folder / f"{case.replace('_', '-')}-{slug}.png")
+        paths.append(folder / picture(case, device))
         figure.savefig(paths[-1], dpi=144, bbox_inches="tight")
     return paths
+
+
+def picture(case: str, device: str) -> Path:
+    """The name of the file that `draw` writes for a block."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return Path(f"{case.replace('_', '-')}-{slug}.png")
 
 
 def memory(

@@ -84,7 +84,7 @@ def rows(
 
 
 def table(found: Sequence[Row]) -> Table:
-    """Ours, what it stands beside, and the floor of the bytes and operations that a uniform router asks for."""
+    """Ours, what it stands beside, and the floor: of the experts that the drawn tokens hit, their weights read once."""
     shown = Table(
         title="blocks of mixtures of experts, router included, microseconds in a CUDA graph"
     )
@@ -95,6 +95,7 @@ def table(found: Sequence[Row]) -> Table:
         "ours",
         "stock / ours",
         "of our bf16",
+        "experts hit",
         "floor",
         "of floor",
     ):
@@ -102,7 +103,7 @@ def table(found: Sequence[Row]) -> Table:
     for row in found:
         times, name = row.warm_us, row.case.removeprefix(PREFIX)
         ours, stock, bf16 = (times.get(way) for way in (measure.PLUGIN, measure.INDUCTOR, BF16))
-        floor = moe.floor_us(row.moved_bytes, row.flops, "bf16" if name.endswith("bf16") else "")
+        floor, experts = (row.ratios.get(name) for name in ("floor_us", "experts_hit"))
         shown.add_row(
             name,
             str(row.sizes["tokens"]),
@@ -110,7 +111,8 @@ def table(found: Sequence[Row]) -> Table:
             f"{ours:.1f}" if ours else "; ".join(row.errors.values())[:60],
             f"{stock / ours:.2f}" if stock and ours else "",
             f"{ours / bf16:.2f}" if ours and bf16 else "",
-            f"{floor:.1f}",
-            f"{floor / ours:.2f}" if ours else "",
+            f"{experts:.0f}" if experts else "",
+            f"{floor:.1f}" if floor else "",
+            f"{floor / ours:.2f}" if floor and ours else "",
         )
     return shown

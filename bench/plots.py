@@ -20,7 +20,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = draw_heat(runs, folder)
+    from bench import moe_report
+
+    paths = [*draw_heat(runs, folder), *moe_report.draw(runs, folder)]
     for device, pairs in newest(
         [run for run in runs if run.suite not in (heat.SUITE, RANKS)]
     ).items():

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from bench import heat
+from bench import heat, moe_report
 from bench.results import FOLDER, RANKS, ROOT, Row, Run, load_all, newest
 
 README = ROOT / "README.md"
@@ -72,6 +72,8 @@ def performance() -> str:
     maps = newest(heat.of(runs))
     parts = [_device(name, pairs) for name, pairs in devices.items()]
     parts += [_map(name, pairs) for name, pairs in maps.items()]
+    for name, pairs in newest(moe_report.of(runs)).items():
+        parts += moe_report.section(name, [row for _, row in pairs], FOLDER / "plots", table)
     ranks = newest([run for run in runs if run.suite == RANKS])
     parts += [_ranks(name, pairs) for name, pairs in ranks.items()]
     return "\n\n".join(parts) or NO_RESULTS

@@ -24,6 +24,8 @@ import torch
 from torch import fx
 
 import custom_ops
+from custom_ops.implementation import Implementation
+from custom_ops.library import Op
 from fusion_passes import near_miss, reporting, slower, tables, torch_internals, verify, warming
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, recognition, views
@@ -217,7 +219,13 @@ class _Run:
                 self._refuse(fusion, last, *_raised("transform", error))
                 return
         # a transform that asks settings.current() finds what this compilation was given
-        with settings_module.patch(allow_reference=self.settings.allow_reference):
+        given: dict[str, Any] = {
+            "fusions": self.settings.fusions,
+            "allow_reference": self.settings.allow_reference,
+            "overlap_from": self.settings.overlap_from,
+            **self.settings.toggles,
+        }
+        with settings_module.patch(**given):
             for found in transform(self.graph):
                 if isinstance(found, NearMiss):
                     self.report.near_misses.append(found)
@@ -343,18 +351,23 @@ class _Run:
         for node in self.graph.nodes:
             op = declared.get(node.target) if node.op == "call_function" else None
             if op is not None:
-                implementation = choose(op, node.args, node.kwargs).implementation
-                assert implementation is not None
-                problem = warming.problem_of(
-                    op, implementation.name, node.args, node.kwargs, self.graph
-                )
-                if problem is not None:
-                    self.report.problems.append(problem)
-                implementation.prepare()  # what has to be built is built now, not in the first call
+                implementation = self._ready(op, node.args, node.kwargs)
                 if implementation.overload is not None and node.target is op.overload:
                     node.target = implementation.overload
+            for target, args, kwargs in node.meta.get("ops_inside", ()):
+                self._ready(declared[target], args, kwargs)
         torch_internals.tidy(self.graph)
         self.graph.lint()
+
+    def _ready(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Implementation:
+        """The implementation of an op of the graph, or inside of one; a warm-up hears of what it compiles."""
+        implementation = choose(op, args, kwargs).implementation
+        assert implementation is not None
+        problem = warming.problem_of(op, implementation.name, args, kwargs, self.graph)
+        if problem is not None:
+            self.report.problems.append(problem)
+        implementation.prepare()  # what has to be built is built now, not in the first call
+        return implementation
 
     def _timed(self, name: str, run: Any) -> None:
         start = time.perf_counter()

@@ -167,9 +167,7 @@ class Matcher:
         expected, found = describe(pattern_node), describe(node)
         assert expected is not None
         if found is None or found.name != expected.name:
-            return self._fail(
-                node, f"expected {_short(expected.name)}, found {_found(node, found)}"
-            )
+            return self._fail(node, _other(pattern_node, expected, node, found))
         if found.attributes != expected.attributes:
             return self._fail(
                 node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}"
@@ -431,6 +429,22 @@ def _name(value: Any) -> str:
 
 def _found(node: fx.Node, operation: Operation | None) -> str:
     return f"{_short(operation.name)} ({node.name})" if operation else f"{node.op} {node.name}"
+
+
+def _other(
+    pattern_node: fx.Node, expected: Operation, node: fx.Node, found: Operation | None
+) -> str:
+    """What a place is where a pattern has another operation."""
+    source = expected.operands[0] if expected.name == "cast" else None
+    if is_tensor(source) and is_tensor(pattern_node):
+        dtypes = [n.meta["val"].dtype for n in (source, pattern_node)]
+        given = node.meta["val"].dtype if is_tensor(node) else None
+        if dtypes == [torch.bfloat16, torch.float32] and given is torch.float32:
+            return (
+                f"{_found(node, found)} is {given} already, where bfloat16 or float16 values that are cast to "
+                "float32 are expected"
+            )
+    return f"expected {_short(expected.name)}, found {_found(node, found)}"
 
 
 def candidates(graph: fx.Graph, compiled: CompiledPattern) -> Iterator[fx.Node]:

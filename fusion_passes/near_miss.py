@@ -15,15 +15,27 @@ from torch import fx
 
 from fusion_passes.arithmetic import MAX
 from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
-from fusion_passes.fusion import Fusion
+from fusion_passes.fusion import Fusion, Tensor
 from fusion_passes.matching import Matcher, Mismatch
-from fusion_passes.operations import describe, escapes, module_path, readers
+from fusion_passes.operations import (
+    describe,
+    escapes,
+    is_tensor,
+    module_path,
+    readers,
+    transparent,
+)
 from fusion_passes.reporting import NearMiss
 
+aten = torch.ops.aten
 THRESHOLD = 0.5
 """The part of a pattern's operations that must be there before its absence is worth a line."""
 USUAL = 48
 """How many spellings of one meaning are laid on a place that is none of them: the reason is the same for the rest."""
+
+_MOVES = {
+    aten.cat.default, aten.constant_pad_nd.default, aten.index.Tensor, aten.permute.default, aten.slice.Tensor,
+}  # fmt: skip
 
 
 def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[NearMiss]:
@@ -47,11 +59,38 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
             node.meta["val"].dtype is torch.float8_e4m3fn or _rounds(node)
         )
         enough = 1 if alone else THRESHOLD * (best.total if best else 0)
+        if _wants_codes(fusion) and not _has_codes(node):
+            continue  # nothing there is quantized
         if best is not None and best.progress >= enough and best.reason:
             misses.append(
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
             )
     return misses
+
+
+def _wants_codes(fusion: Fusion) -> bool:
+    """Whether every pattern reads 8-bit codes."""
+    return bool(fusion.patterns) and all(
+        any(isinstance(spec, Tensor) and spec.dtype in MAX for spec in pattern.inputs.values())
+        for pattern in fusion.patterns
+    )
+
+
+def _has_codes(node: fx.Node) -> bool:
+    """Whether the operands of a node are made of 8-bit codes, by pointwise operations and by moving them."""
+    stack, seen = list(node.all_input_nodes), {node}
+    while stack:
+        operand = stack.pop()
+        if operand in seen or not is_tensor(operand):
+            continue
+        seen.add(operand)
+        if operand.meta["val"].dtype in MAX:
+            return True
+        operation = describe(operand)
+        pointwise = operation is not None and operation.kind == "pointwise"
+        if pointwise or operand.target in _MOVES or transparent(operand) is not None:
+            stack += operand.all_input_nodes
+    return False
 
 
 def _rounds(cast: fx.Node) -> bool:
@@ -91,6 +130,7 @@ def _attempt(
         if expected is None:
             break
         found = list(readers(place))
+        operation, alike = describe(expected), ""
         for reader in found:
             further = Matcher(fusion, compiled, graph)
             if further.run(expected, reader):
@@ -98,15 +138,19 @@ def _attempt(
                 break
             if further.failure.progress > matcher.failure.progress:
                 matcher.failure = further.failure
+            theirs = describe(reader)
+            if operation and theirs and theirs.name == operation.name:
+                alike = (
+                    further.failure.reason
+                )  # the operation is there, and something is wrong with it
         else:
-            operation = describe(expected)
             wanted = (
                 operation.name.split(".")[1]
                 if operation and "." in operation.name
                 else operation and operation.name
             )
             names = ", ".join(reader.name for reader in found) or "the graph's output"
-            reason = f"{place.name} is read by {names}, where the fusion expects {wanted}"
+            reason = alike or f"{place.name} is read by {names}, where the fusion expects {wanted}"
             if matcher.failure.progress > len(matcher.match.nodes):
                 reason = matcher.failure.reason
             return Mismatch(len(matcher.match.nodes), len(compiled.operations), place, reason)

@@ -104,6 +104,8 @@ def describe(node: fx.Node) -> Operation | None:
         return Operation(name, "pointwise", (args[0],))  # the dtype is compared on the node
     if target is aten.full.default:  # a number as a tensor, on whichever device
         return Operation("constant", "pointwise", (args[1],))
+    if target is aten.pow.Tensor_Scalar and args[1] == -0.5:  # eager runs rsqrt for it
+        return Operation("aten.rsqrt.default", "pointwise", (args[0],))
     if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (
         name == "mul" and args[0] is args[1]
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar
@@ -9,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fusion_passes.weight_reads import weights_read
 
 __all__ = ["Fp8BlockLinear", "Fp8TokenLinear", "Int8TokenLinear", "load_fp8_block_", "quantize_"]
 
@@ -68,6 +71,7 @@ class Fp8BlockLinear(nn.Linear):
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_input(self, x)
         padding = -self.in_features % BLOCK
         groups = F.pad(x, (0, padding)) if padding else x
         groups = groups.float().unflatten(-1, (-1, BLOCK))
@@ -85,6 +89,14 @@ class Fp8BlockLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
+
+
+def _check_input(linear: nn.Linear, x: torch.Tensor) -> None:
+    if x.dtype in (torch.float8_e4m3fn, torch.int8):
+        raise ValueError(
+            f"{type(linear).__name__}: x is {x.dtype}; accepted: 16 bits or more. A model that casts x "
+            "to the dtype of this linear's weight has to keep the linear: quantize_ without a filter does"
+        )
 
 
 class _TokenLinear(nn.Linear):
@@ -132,6 +144,7 @@ class _TokenLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_input(self, x)
         codes, scale = self.quantize(x)
         dequantized = (codes.float() * scale).to(x.dtype)
         weight = (self.weight.float() * self.weight_scale).to(x.dtype)
@@ -218,7 +231,9 @@ def quantize_(
         activations and per output channel of weights; experts stay as they are.
     filter: ``filter(name, module)`` says which linears and experts to take; None takes all but those that share their
         weight with another module (tied embeddings), the output projection ``lm_head`` and the routers of experts,
-        which such checkpoints keep in 16 bits, and the adapters of PEFT (``lora_A``, ``lora_B``).
+        which such checkpoints keep in 16 bits, the adapters of PEFT (``lora_A``, ``lora_B``), and those whose weight
+        the model reads itself (``self.wo.weight.dtype`` of T5): it would take 8-bit codes for the weight, so they stay
+        as they are, which a warning says.
 
     Raises ValueError for an unknown scheme, a module that is not bfloat16 or float16, or nothing to quantize.
     """
@@ -247,20 +262,50 @@ def quantize_(
             and not {"lora_A", "lora_B"} & set(name.split("."))
         )
     )
-    chosen = [
-        (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and take(name, m)
-    ]
+    linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    chosen = [(name, m) for name, m in linears if take(name, m)]
+    if filter is None:
+        chosen = _without_weights_read(model, chosen)
     for name, linear in chosen:
         check_dtype(f"{name}.weight", linear.weight)
     for name, module in experts:
         check_dtype(f"{name}.down_proj", module.down_proj)
     if not chosen and not experts:
-        raise ValueError("the model has no torch.nn.Linear to quantize")
+        raise ValueError(_nothing_to_quantize(model, len(linears)))
     for name, linear in chosen:
         _replace(model, name, replacement.from_linear(linear))
     for name, module in experts:
         _replace(model, name, quantize_experts.Fp8BlockExperts(module))
     return model
+
+
+def _without_weights_read(
+    model: nn.Module, linears: list[tuple[str, nn.Linear]]
+) -> list[tuple[str, nn.Linear]]:
+    read = weights_read(model)
+    left = {name: read[name] for name, _ in linears if name in read}
+    if left:
+        name, owner = next(iter(left.items()))
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"quantize_ leaves {name}{more} as it is: {owner} reads its weight itself, and would take 8-bit codes for "
+            "it. filter= takes it all the same",
+            stacklevel=3,
+        )
+    return [(name, linear) for name, linear in linears if name not in left]
+
+
+def _nothing_to_quantize(model: nn.Module, num_linears: int) -> str:
+    alike = {
+        type(m) for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    kinds = ", ".join(sorted(kind.__name__ for kind in alike - {nn.Linear}))
+    said = [
+        "the model has no torch.nn.Linear to quantize"
+        + (f" but {num_linears} that are left out (see filter=)" if num_linears else ""),
+        *([f"{kinds} compute in a way of their own, and stay as they are"] if kinds else []),
+    ]
+    return "; ".join(said)
 
 
 def check_dtype(name: str, weight: torch.Tensor) -> None:

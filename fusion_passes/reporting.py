@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import threading
 from collections import Counter
@@ -137,11 +138,13 @@ class Report:
 
 
 def _grouped(misses: Iterable[NearMiss]) -> dict[tuple[str, str], list[NearMiss]]:
-    groups: dict[tuple[str, str], list[NearMiss]] = {}
+    """By fusion and reason, whatever numbers the nodes in it have: the same place of each layer is one line."""
+    alike: dict[tuple[str, str], list[NearMiss]] = {}
     for miss in misses:
-        words = " ".join("*" if miss.node in word else word for word in miss.reason.split())
-        groups.setdefault((miss.fusion, words if miss.node else miss.reason), []).append(miss)
-    return groups
+        alike.setdefault((miss.fusion, re.sub(r"(?<=[a-z])_\d+\b", "", miss.reason)), []).append(
+            miss
+        )
+    return {(fusion, found[0].reason): found for (fusion, _), found in alike.items()}
 
 
 _lock = threading.Lock()

@@ -136,6 +136,15 @@ class Rewrite:
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return self._emit(torch.ops.prims.convert_element_type.default, (node, dtype), {})
 
+    def full(self, like: fx.Node, shape: Sequence[Size], value: float) -> fx.Node:
+        """A tensor of one number, of the dtype and on the device of a node."""
+        fake = like.meta["val"]
+        sizes = [
+            size if isinstance(size, int) else self._size_argument(like, size) for size in shape
+        ]
+        where = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+        return self._emit(aten.full.default, (sizes, value), where)
+
     def emit(self, target: Any, *args: Any) -> fx.Node:
         return self._emit(target, args, {})
 

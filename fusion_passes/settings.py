@@ -136,6 +136,12 @@ class Settings(BaseSettings):
         False, "`1` / `0`", "a JIT compilation after a warm-up is an error before it starts"
     )
 
+    overlap_from: Annotated[int, Field(ge=1)] = _setting(
+        1024,
+        "a number",
+        "from how many tokens of a rank on `two_batch_overlap` takes them in two halves",
+    )
+
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
@@ -182,6 +188,7 @@ class Settings(BaseSettings):
             ("toggles", tuple(sorted(self.toggles.items()))),
             ("allow_reference", self.allow_reference),
             ("verify", self.verify),
+            ("overlap_from", self.overlap_from),
         )
 
     def _said(self, name: str) -> str:

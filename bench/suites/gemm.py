@@ -17,7 +17,10 @@ from custom_ops.gemm.reference import BLOCK
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 # The linears of a Llama-3-8B layer, N x K: q, k and v in one; the output; gate and up in one; down.
 LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+# What torchao leaves apart: k or v; gate or up. Its float8 layers keep torch._scaled_mm, and choose nothing.
+APART = ((1024, 4096), (14336, 4096))
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
+KINDS = ((FP8, "tensor"), (FP8, "token"), (INT8, "token"))
 
 
 def block_scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
@@ -179,8 +182,10 @@ def cases(tiny: bool = False) -> Iterator[Case]:
 
 def scaled_cases(tiny: bool) -> Iterator[Case]:
     shapes, tokens = (((64, 96),), (20,)) if tiny else (LLAMA, TOKENS)
-    for (n, k), (dtype, scales) in itertools.product(
-        shapes, ((FP8, "tensor"), (FP8, "token"), (INT8, "token"))
+    apart = () if tiny else APART
+    for (n, k), (dtype, scales) in (
+        *itertools.product(shapes, KINDS),
+        *itertools.product(apart, KINDS[-1:]),
     ):
         for m in tokens:
             yield Case(

@@ -6,7 +6,6 @@ The sizes that matter most have a case of their own name: `--case lora_named` ru
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterator
@@ -56,11 +55,11 @@ def peft_layer(device: torch.device, n: int, k: int, rank: int, float32: bool) -
     return wrapped.base_model.model[0].to(device)
 
 
-def _single(device: torch.device, m: int, n: int, k: int, rank: int, float32: bool) -> Inputs:
+def single_inputs(device: torch.device, m: int, n: int, k: int, rank: int, float32: bool) -> Inputs:
     return peft_layer(device, n, k, rank, float32), activation(device, m, k)
 
 
-def _single_args(module: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def single_args(module: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
     return (x, module.base_layer.weight, None, a, b, module.scaling["default"]), {}
 
@@ -84,11 +83,11 @@ def single_cases(tiny: bool) -> Iterator[Case]:
             name=("lora_named_single" if named else "lora_linear_single")
             + ("_float32" if float32 else ""),
             sizes={"tokens": m, "n": n, "k": k, "rank": rank},
-            inputs=partial(_single, m=m, n=n, k=k, rank=rank, float32=float32),
+            inputs=partial(single_inputs, m=m, n=n, k=k, rank=rank, float32=float32),
             plain=layer,
             check=close(CLOSE),
             op="lora_linear_single",
-            op_args=_single_args,
+            op_args=single_args,
             fusion="lora_linear",
             moved_bytes=2 * (m * k + n * k + m * n) + (4 if float32 else 2) * rank * (n + k),
             flops=2 * m * n * k + 2 * m * rank * (n + k),
@@ -128,7 +127,7 @@ def peft_mixed(inputs: Inputs) -> Thunk:
     return call
 
 
-def _mixed(
+def mixed_inputs(
     device: torch.device, m: int, adapters: int, n: int, k: int, rank: int, in_order: bool
 ) -> Inputs:
     """x, weight, the batch, [a], [b], scaling, the slot of each token, ranks."""
@@ -177,7 +176,13 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
                 "sorted": int(in_order),
             },
             inputs=partial(
-                _mixed, m=m, adapters=adapters, n=hidden, k=hidden, rank=rank, in_order=in_order
+                mixed_inputs,
+                m=m,
+                adapters=adapters,
+                n=hidden,
+                k=hidden,
+                rank=rank,
+                in_order=in_order,
             ),
             plain=_mixed_plain,
             check=close(CLOSE),
@@ -192,181 +197,6 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
         )
 
 
-# ---- the halves of them, and a base of any kind ------------------------------------------------------------
-
-
-def _shrink_plain(x, weight, batch, a, b, scaling, places, ranks):
-    return torch.bmm(a[0][places], x[:, :, None])[:, :, 0][None].float()
-
-
-def _shrink_args(x, weight, batch, a, b, scaling, places, ranks):
-    return (x, a, ranks, *batch.tensors), {}
-
-
-def _added_plain(x, weight, batch, a, b, scaling, places, ranks):
-    """weight stands for what is added to: the outcome of any other product."""
-    y = torch.bmm(a[0][places], x[:, :, None])
-    delta = torch.bmm(b[0][places], y)[:, :, 0] * scaling[places][:, None]
-    return weight + delta.to(x.dtype)
-
-
-def _added(device: torch.device, **sizes: Any) -> Inputs:
-    x, _, *rest = _mixed(device, **sizes)
-    return x, activation(device, sizes["m"], sizes["n"]), *rest
-
-
-def _add_args(x, base, batch, a, b, scaling, places, ranks):
-    return (x, base, a, b, scaling, ranks, *batch.tensors), {}
-
-
-def _expand_plain(y, base, batch, a, b, scaling, places, ranks):
-    delta = torch.bmm(b[0][places].float(), y[0][:, :, None])[:, :, 0] * scaling[places][:, None]
-    return (base + delta).to(base.dtype)
-
-
-def _expanded(device: torch.device, **sizes: Any) -> Inputs:
-    _, *rest = _added(device, **sizes)
-    return torch.randn(1, sizes["m"], sizes["rank"], device=device), *rest
-
-
-def _expand_args(y, base, batch, a, b, scaling, places, ranks):
-    return (y, b, base, scaling, ranks, *batch.tensors), {}
-
-
-def _add_single_plain(module: Any, x: Tensor, base: Tensor) -> Tensor:
-    (_, _, _, a, b, scaling), _ = _single_args(module, x)
-    linear = torch.nn.functional.linear
-    return base + linear(linear(x, a), b) * scaling
-
-
-def _add_single(device: torch.device, m: int, n: int, k: int, rank: int) -> Inputs:
-    return *_single(device, m, n, k, rank, False), activation(device, m, n)
-
-
-def _add_single_args(
-    module: Any, x: Tensor, base: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    (_, _, _, a, b, scaling), _ = _single_args(module, x)
-    return (x, base, a, b, scaling), {}
-
-
-def three_of_one_input(x, bases, a, b, scaling, ranks, *batch):
-    """Query, key and value of a layer whose linears are quantized: the adapters of each, on one x."""
-    return tuple(
-        custom_ops.lora_add(x, base, [of_a], [of_b], scaling, ranks, *batch)
-        for base, of_a, of_b in zip(bases, a, b, strict=True)
-    )
-
-
-def _three(device: torch.device, **sizes: Any) -> Inputs:
-    x, base, batch, a, b, scaling, _, ranks = _added(device, **sizes)
-    return x, [base] * 3, a * 3, b * 3, scaling, ranks, *batch.tensors
-
-
-class Layers(nn.Module):
-    """Layers of PEFT on one activation: query, key and value; gate and up."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(each(x) for each in self.layers)
-
-
-def _together(device: torch.device, m: int, widths: tuple[int, ...], k: int, rank: int) -> Inputs:
-    layers = [copy.deepcopy(peft_layer(device, n, k, rank, False)) for n in widths]
-    return Layers(layers), activation(device, m, k)
-
-
-def _together_args(module: Any, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    layers = [_single_args(each, x)[0][1:] for each in module.layers]
-    return (x, *map(list, zip(*layers, strict=True))), {}
-
-
-def _one_by_one(inputs: Inputs) -> Thunk:
-    """The same layers as an op each: what `shared_lora_shrink` makes one of."""
-    module, x = inputs
-    calls = [_single_args(each, x)[0] for each in module.layers]
-    return lambda: [custom_ops.lora_linear_single(*call) for call in calls]
-
-
-def together_cases(tiny: bool) -> Iterator[Case]:
-    widths = ((32, 16), (24, 24, 8)) if tiny else ((4096, 1024, 1024), (14336, 14336))
-    k, rank, tokens = (64, 4, (5,)) if tiny else (4096, 16, (1, 64, 256, 1024, 8192))
-    for columns, m in itertools.product(widths, tokens):
-        yield Case(
-            name="lora_linears_single",
-            sizes={"tokens": m, "layers": len(columns), "n": sum(columns), "k": k, "rank": rank},
-            inputs=partial(_together, m=m, widths=columns, k=k, rank=rank),
-            plain=layer,
-            check=close(CLOSE),
-            op="lora_linears_single",
-            op_args=_together_args,
-            fusion="shared_lora_shrink",
-            beside=("lora_linear",),
-            moved_bytes=2 * (m * k + sum(columns) * (k + m + rank) + len(columns) * rank * k),
-            flops=2 * m * sum(columns) * (k + rank) + 2 * m * len(columns) * rank * k,
-            others={"one_by_one": _one_by_one},
-        )
-
-
-def shared_cases(tiny: bool) -> Iterator[Case]:
-    sizes = [(5, 3, 32, 4)] if tiny else [(m, 8, 4096, 16) for m in TOKENS]
-    for m, adapters, hidden, rank in sizes:
-        low_rank = min(m, adapters) * rank * hidden
-        yield Case(
-            name="shared_lora_shrink",
-            sizes={"tokens": m, "adapters": adapters, "n": hidden, "k": hidden, "rank": rank},
-            inputs=partial(
-                _three, m=m, adapters=adapters, n=hidden, k=hidden, rank=rank, in_order=False
-            ),
-            plain=three_of_one_input,
-            check=close(CLOSE),
-            fusion="shared_lora_shrink",
-            moved_bytes=2 * (6 * low_rank + 7 * m * hidden),
-            flops=12 * m * rank * hidden,
-        )
-
-
-def half_cases(tiny: bool) -> Iterator[Case]:
-    halves = (
-        ("lora_shrink", _mixed, _shrink_plain, _shrink_args),
-        ("lora_expand", _expanded, _expand_plain, _expand_args),
-        ("lora_add", _added, _added_plain, _add_args),
-    )
-    sizes = [(5, 3, 32, 4)] if tiny else [(m, adapters, 4096, 16) for m, adapters in MIXED]
-    for (name, inputs, plain, args), (m, adapters, hidden, rank) in itertools.product(
-        halves, sizes
-    ):
-        low_rank = min(m, adapters) * rank * hidden
-        yield Case(
-            name=name,
-            sizes={"tokens": m, "adapters": adapters, "n": hidden, "k": hidden, "rank": rank},
-            inputs=partial(
-                inputs, m=m, adapters=adapters, n=hidden, k=hidden, rank=rank, in_order=False
-            ),
-            plain=plain,
-            check=close(CLOSE),
-            op=name,
-            op_args=args,
-            moved_bytes=2 * (low_rank + 2 * m * hidden),
-            flops=2 * m * rank * hidden,
-        )
-    for m, n, k, rank in [(5, 32, 64, 4)] if tiny else [(m, 4096, 4096, 16) for m in TOKENS]:
-        yield Case(
-            name="lora_add_single",
-            sizes={"tokens": m, "n": n, "k": k, "rank": rank},
-            inputs=partial(_add_single, m=m, n=n, k=k, rank=rank),
-            plain=_add_single_plain,
-            check=close(CLOSE),
-            op="lora_add_single",
-            op_args=_add_single_args,
-            moved_bytes=2 * (m * k + 2 * m * n + rank * (n + k)),
-            flops=2 * m * rank * (n + k),
-        )
-
-
 # ---- the ways -------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +205,7 @@ def _ways(kind: str, m: int, rank: int, float32: bool) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     if not torch.cuda.is_available():
         return {}
-    names = ["apart", "beside"]
+    names = [*ways.WITH_BLAS]
     if kind == "single" and m >= 64 and rank <= ways.MAX_FUSED_RANK:
         names.append("fused")
     if not hopper.unavailable(device) and rank % 8 == 0:
@@ -383,6 +213,8 @@ def _ways(kind: str, m: int, rank: int, float32: bool) -> dict[str, Any]:
             names += ways.DECODES
         if kind == "single" and m >= 64 and not float32:
             names.append("prefill")
+            if rank <= hopper.MAX_PREFILL_OWN_RANK:
+                names.append("prefill own")
     return {f"way {name}": partial(one_way, kind=kind, way=name) for name in names}
 
 
@@ -392,12 +224,10 @@ def one_way(inputs: Inputs, kind: str, way: str) -> Thunk:
 
     single = kind == "single"
     (args, _), plain = (
-        (_single_args(*inputs), layer) if single else (_mixed_args(*inputs), _mixed_plain)
+        (single_args(*inputs), layer) if single else (_mixed_args(*inputs), _mixed_plain)
     )
-    if way in (*ways.DECODES, "prefill"):
-        run = _hopper(kind)
-    else:
-        run = linear.lora_linear_single if single else linear.lora_linear
+    in_triton: Any = linear.lora_linear_single if single else linear.lora_linear
+    run: Any = _hopper(kind) if way in ways.CUDA else in_triton
     call = partial(run, *args, way=way)
     if problem := close(CLOSE)(plain(*inputs), call()):
         raise AssertionError(f"differs from eager: {problem}")
@@ -409,100 +239,13 @@ def _hopper(kind: str) -> Any:
     return hopper.load_single() if kind == "single" else hopper.load_batch()
 
 
-# ---- experts --------------------------------------------------------------------------------------------------
-
-
-def _experts(
-    device: torch.device, m: int, adapters: int, experts: int, top_k: int, h: int, i: int, rank: int
-) -> Inputs:
-    """The arguments of fused_moe_lora; tokens in turn have each adapter, and random experts."""
-    torch.manual_seed(0)
-    slots = torch.arange(m, dtype=torch.int32, device=device) % adapters
-    scores = torch.rand(m, experts, device=device)
-    weights, ids = scores.softmax(-1).topk(top_k)
-    shapes = ((2 * i, h), (h, i))
-    products = [activation(device, experts, n, k) / k**0.5 for n, k in shapes]
-    lora = [
-        each
-        for n, k in shapes
-        for each in (
-            activation(device, adapters, experts, rank, k) / k**0.5,
-            activation(device, adapters, experts, n, rank) / rank**0.5,
-        )
-    ]
-    scaling = torch.rand(adapters, device=device) + 0.5
-    ranks = torch.full((adapters,), rank, dtype=torch.int32, device=device)
-    return activation(device, m, h), *products, weights, ids, *lora, scaling, ranks, slots
-
-
-def _experts_plain(
-    x, gate_up, down, weights, ids, up_a, up_b, down_a, down_b, scaling, ranks, slots
-):
-    """Copies of the weights and the adapters of every pair, and batched products; float32 between the two."""
-    top_k = ids.shape[1]
-    expert, slot = ids.flatten(), slots.long().repeat_interleave(top_k)
-
-    def linear(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        column = rows[:, :, None]
-        base = torch.bmm(weight[expert], column)[:, :, 0]
-        y = torch.bmm(a[slot, expert].float(), column.float())
-        return (base + torch.bmm(b[slot, expert].float(), y)[:, :, 0] * scaling[slot, None]).to(
-            rows.dtype
-        )
-
-    gate, up = linear(x.repeat_interleave(top_k, 0), gate_up, up_a, up_b).chunk(2, -1)
-    out = linear(torch.nn.functional.silu(gate) * up, down, down_a, down_b)
-    pairs = out.view(*ids.shape, -1) * weights[:, :, None]
-    return pairs.float().sum(1).to(x.dtype)
-
-
-def _experts_alone(inputs: Inputs) -> Thunk:
-    """The same experts without adapters."""
-    return lambda: custom_ops.fused_moe(*inputs[:5])
-
-
-def expert_cases(tiny: bool) -> Iterator[Case]:
-    sizes = (
-        [(5, 3, 4, 2, 32, 16, 4)] if tiny else [(m, 4, 64, 8, 2048, 768, 16) for m in (1, 16, 64)]
-    )
-    for m, adapters, experts, top_k, hidden, width, rank in sizes:
-        used = min(m * top_k, experts)
-        yield Case(
-            name="fused_moe_lora",
-            sizes={
-                "tokens": m,
-                "adapters": adapters,
-                "experts": experts,
-                "top_k": top_k,
-                "h": hidden,
-                "i": width,
-            },
-            inputs=partial(
-                _experts,
-                m=m,
-                adapters=adapters,
-                experts=experts,
-                top_k=top_k,
-                h=hidden,
-                i=width,
-                rank=rank,
-            ),
-            plain=_experts_plain,
-            check=close(2 * CLOSE),
-            op="fused_moe_lora",
-            op_args=lambda *inputs: (inputs, {}),
-            moved_bytes=6 * used * hidden * width
-            + 2 * min(m * top_k, adapters * experts) * rank * (2 * hidden + 3 * width),
-            flops=6 * m * top_k * hidden * width,
-            others={"fused_moe": _experts_alone},
-        )
-
-
 def cases(tiny: bool = False) -> Iterator[Case]:
+    from bench import lora_experts, lora_parts  # which read this module
+
     yield from sorted(
         (*single_cases(tiny), *mixed_cases(tiny)), key=lambda case: "named" not in case.name
     )
-    yield from together_cases(tiny)
-    yield from expert_cases(tiny)
-    yield from half_cases(tiny)
-    yield from shared_cases(tiny)
+    yield from lora_parts.together_cases(tiny)
+    yield from lora_experts.expert_cases(tiny)
+    yield from lora_parts.half_cases(tiny)
+    yield from lora_parts.shared_cases(tiny)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.case import DECODE, Case, Target, activations, same
-from bench.suites.quantization import FEW, FUSED, GROUP, Scheme
+from bench.suites.quantization import FEW, FUSED, GROUP, TOKEN, Scheme
 
 EPS = 1e-6
 
@@ -26,12 +26,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
     return rms_norm(total, weight), total
 
 
-def _quantized(*inputs: Tensor, norm: Callable[..., Any], scheme: Scheme) -> tuple[Tensor, ...]:
+def _quantized(
+    *inputs: Tensor, norm: Callable[..., Any], scheme: Scheme, keep: bool
+) -> tuple[Tensor, ...]:
     values, given = (inputs[:-1], inputs[-1:]) if scheme.given else (inputs, ())
-    if norm is rms_norm:
-        return scheme.plain(rms_norm(*values), *given)
-    normed, total = add_rms_norm(*values)
-    return *scheme.plain(normed, *given), total
+    normed, *total = (rms_norm(*values),) if norm is rms_norm else add_rms_norm(*values)
+    return *scheme.plain(normed, *given), *((normed,) if keep else ()), *total
 
 
 def _op_args(*inputs: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -43,22 +43,28 @@ def _shapes(norm: Callable[..., Any], tokens: int, hidden: int) -> list[tuple[in
 
 
 def fused(
-    norm: Callable[..., Any], scheme: Scheme, tokens: int, hidden: int, *targets: Target
+    norm: Callable[..., Any],
+    scheme: Scheme,
+    tokens: int,
+    hidden: int,
+    *targets: Target,
+    keep: bool = False,
 ) -> Case:
-    """A norm and a scheme at one size."""
+    """A norm and a scheme at one size. keep: the norm is wanted too, by an adapter or a router."""
     row = 2 * tokens * hidden
     # a second pass reads the sum that the first one wrote, or else x again
     moved = (3 if norm is add_rms_norm else 1) * row + (scheme.passes - 1) * row + 2 * hidden
+    producer = norm.__name__ + "_and" * keep
     return Case(
-        name=f"{norm.__name__}_{scheme.name}",
+        name=f"{producer}_{scheme.name}",
         sizes={"tokens": tokens, "hidden": hidden},
         inputs=partial(scheme.inputs, shapes=_shapes(norm, tokens, hidden)),
-        plain=partial(_quantized, norm=norm, scheme=scheme),
+        plain=partial(_quantized, norm=norm, scheme=scheme, keep=keep),
         check=same,
-        op=f"{norm.__name__}_{scheme.op}",
+        op=f"{producer}_{scheme.op}",
         op_args=partial(scheme.arguments, numbers=(EPS,)),
         fusion=scheme.fusion(tokens, norm.__name__),
-        moved_bytes=moved + scheme.out_bytes(tokens, hidden),
+        moved_bytes=moved + keep * row + scheme.out_bytes(tokens, hidden),
         targets=targets,
     )
 
@@ -83,4 +89,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
         for scheme in FUSED:
             for tokens in (4,) if tiny else (*(DECODE if scheme is GROUP else FEW), 16384):
                 large, small = Target("of_copy", scheme.of_copy[1]), Target("of_inductor", 0.97)
-                yield fused(norm, scheme, tokens, hidden, large if tokens == 16384 else small)
+                target = large if tokens == 16384 else small
+                yield fused(norm, scheme, tokens, hidden, target)
+                if scheme in (GROUP, TOKEN) and tokens in (*FEW, 16384, 4):
+                    yield fused(norm, scheme, tokens, hidden, target, keep=True)

@@ -102,7 +102,7 @@ struct RowAsymmetric {
     float below = __fdiv_rn(low, affine.scale);
     if (out.rule.scale_in_input) below = round_to<T>(below);
     affine.zero_point = clamp_code(-128.0f - round_any(below));
-    affine.quick = is_quick<false>(extent, affine.scale, out.rule);
+    affine.quick = is_quick<Usual::no>(extent, affine.scale, out.rule);
     return affine;
   }
 

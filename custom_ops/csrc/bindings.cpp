@@ -131,6 +131,10 @@ void elementwise(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
+constexpr const char* norm_name(bool add, bool keep) {
+  return add ? (keep ? "add_rms_norm_and" : "add_rms_norm") : keep ? "rms_norm_and" : "rms_norm";
+}
+
 WeightMode weight_mode(const char* op, const std::string& name) {
   if (name == "rounded") return WeightMode::rounded;
   if (name == "float32") return WeightMode::float32;
@@ -154,10 +158,10 @@ Weight norm_weight(const char* op, const Tensor& weight, const Tensor& x, int64_
 }
 
 // (x, [residual,] weight, eps, [group_size | scale,] weight_mode, the keywords of the scheme)
-//   -> out | (q, scale) | (q, scale, zero_point) | q, then residual_out
-template <bool Add, Scheme S>
+//   -> out | (q, scale) | (q, scale, zero_point) | q, then with Keep out, then residual_out
+template <bool Add, Scheme S, bool Keep = false>
 void norm(StableIValue* stack, uint64_t, uint64_t) {
-  static const std::string name = joined(Add ? "add_rms_norm" : "rms_norm", scheme_suffix(S));
+  static const std::string name = joined(norm_name(Add, Keep), scheme_suffix(S));
   const char* const op = name.c_str();
   Arguments arguments(stack);
   Tensor x_tensor = arguments.tensor();
@@ -189,6 +193,11 @@ void norm(StableIValue* stack, uint64_t, uint64_t) {
     args.residual = residual.matrix;
     args.residual_out = residual_out.data();
   }
+  Tensor kept;
+  if (Keep) {
+    kept = empty_contiguous(x.keep, x.keep.dtype());
+    args.out = kept.data();
+  }
   const cudaStream_t stream = current_stream(device);
   if constexpr (S == Scheme::none) {
     Tensor out = empty_contiguous(x.keep, x.keep.dtype());
@@ -196,8 +205,10 @@ void norm(StableIValue* stack, uint64_t, uint64_t) {
     put(stack[0], out);
   } else {
     quantize<S>(op, stack, x, options, dtype, [&](const auto& out) {
-      if constexpr (S == Scheme::group) return rms_norm_group_quant(dtype, args, out, stream);
-      if constexpr (S == Scheme::token) return rms_norm_token_quant(dtype, args, out, stream);
+      if constexpr (S == Scheme::group && Keep) return rms_norm_and_group_quant(dtype, args, out, stream);
+      if constexpr (S == Scheme::token && Keep) return rms_norm_and_token_quant(dtype, args, out, stream);
+      if constexpr (S == Scheme::group && !Keep) return rms_norm_group_quant(dtype, args, out, stream);
+      if constexpr (S == Scheme::token && !Keep) return rms_norm_token_quant(dtype, args, out, stream);
       if constexpr (S == Scheme::token_asymmetric) return rms_norm_token_quant_asymmetric(dtype, args, out, stream);
       if constexpr (S == Scheme::tensor || S == Scheme::tensor_static) {
         return rms_norm_tensor_quant(dtype, args, out, stream);
@@ -205,20 +216,22 @@ void norm(StableIValue* stack, uint64_t, uint64_t) {
     });
   }
   constexpr int kBefore = S == Scheme::none || S == Scheme::tensor_static ? 1 : S == Scheme::token_asymmetric ? 3 : 2;
-  if (Add) put(stack[kBefore], residual_out);
+  if (Keep) put(stack[kBefore], kept);
+  if (Add) put(stack[kBefore + Keep], residual_out);
 }
 
 // ---- schemas --------------------------------------------------------------------------------------------
 
 // The schema of a producer's op with a scheme, as custom_ops has it.
 std::string schema(const std::string& producer, const std::string& positional, const std::string& keywords,
-                   Scheme scheme, bool residual_out) {
+                   Scheme scheme, bool residual_out, bool kept = false) {
   const std::string quant = quant_keywords(scheme);
   const std::string all = keywords + (keywords.empty() || quant.empty() ? "" : ", ") + quant;
   const bool one = scheme == Scheme::none || scheme == Scheme::tensor_static;
   std::string returned = scheme == Scheme::none ? "Tensor out" : "Tensor q";
   if (!one) returned += ", Tensor scale";
   if (scheme == Scheme::token_asymmetric) returned += ", Tensor zero_point";
+  if (kept) returned += ", Tensor out";
   if (residual_out) returned += ", Tensor residual_out";
   returned = one && !residual_out ? "Tensor" : "(" + returned + ")";
   return joined(producer, scheme_suffix(scheme)) + "(" + positional +
@@ -236,8 +249,12 @@ void define_scheme(Library& m, Scheme scheme) {
   define(schema("silu_mul", "Tensor gate, Tensor up", "", scheme, false));
   define(schema("gelu_tanh_mul", "Tensor gate, Tensor up", "", scheme, false));
   define(schema("clamped_swiglu", "Tensor gate, Tensor up, float alpha, float limit", "", scheme, false));
-  define(schema("rms_norm", "Tensor x, Tensor weight, float eps", mode, scheme, false));
-  define(schema("add_rms_norm", "Tensor x, Tensor residual, Tensor weight, float eps", mode, scheme, true));
+  for (const bool keep : {false, true}) {
+    if (keep && scheme != Scheme::group && scheme != Scheme::token) break;
+    define(schema(norm_name(false, keep), "Tensor x, Tensor weight, float eps", mode, scheme, false, keep));
+    define(schema(norm_name(true, keep), "Tensor x, Tensor residual, Tensor weight, float eps", mode, scheme, true,
+                  keep));
+  }
 }
 
 template <Scheme S, typename Library>
@@ -249,6 +266,10 @@ void implement_scheme(Library& m) {
   m.impl(name("clamped_swiglu").c_str(), &elementwise<Activation::clamped_swiglu, S>);
   m.impl(name("rms_norm").c_str(), &norm<false, S>);
   m.impl(name("add_rms_norm").c_str(), &norm<true, S>);
+  if constexpr (S == Scheme::group || S == Scheme::token) {
+    m.impl(name(norm_name(false, true)).c_str(), &norm<false, S, true>);
+    m.impl(name(norm_name(true, true)).c_str(), &norm<true, S, true>);
+  }
 }
 
 }  // namespace

@@ -155,28 +155,49 @@ void decode_op(StableIValue* stack, uint64_t, uint64_t) {
   put(stack[0], out);
 }
 
-// (x, weight, bias, y, b, scaling, round_each) -> out
+// (x, weight, bias, a, y, b, scaling, round_each) -> out
 void prefill_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = take_tensor(stack[0]);
   const Tensor weight = take_tensor(stack[1]);
   const Tensor bias = take_optional(stack[2]);
-  const Tensor y = take_tensor(stack[3]);
-  const Tensor b = take_tensor(stack[4]);
+  const Tensor a = take_optional(stack[3]);
+  Tensor y = take_optional(stack[4]);
+  const Tensor b = take_tensor(stack[5]);
   LoraPrefill p{};
-  p.scaling = static_cast<float>(take_double(stack[5]));
-  p.linear.round_each = torch::stable::detail::to<bool>(stack[6]);
+  p.scaling = static_cast<float>(take_double(stack[6]));
+  p.linear.round_each = torch::stable::detail::to<bool>(stack[7]);
 
   const Dtype dtype = float16_of(kPrefill, "x", x);
   const int32_t device = x.device();
   const DeviceGuard guard(device);
   check_rows(kPrefill, "b", b, 2, x.dtype(), device);
-  check_rows(kPrefill, "y", y, 2, x.dtype(), device);
   Tensor out = take_linear(kPrefill, x, weight, bias, b.sizes()[1], p.linear);
   if (p.linear.rank > 256) fail(kPrefill, "takes a rank of 256 at most, got ", p.linear.rank);
   check_size(kPrefill, "b", b.sizes()[0], p.linear.columns);
-  check_size(kPrefill, "y", y.sizes()[0], p.linear.tokens);
-  check_size(kPrefill, "y", y.sizes()[1], p.linear.rank);
-  if (y.strides()[0] != p.linear.rank) fail(kPrefill, "y must be contiguous");
+  if (there(a) == there(y)) fail(kPrefill, "takes one of a and y");
+  Tensor done;
+  if (there(a)) {
+    check_rows(kPrefill, "a", a, 2, x.dtype(), device);
+    check_size(kPrefill, "a", a.sizes()[0], p.linear.rank);
+    check_size(kPrefill, "a", a.sizes()[1], p.linear.channels);
+    if (p.linear.rank > kMaxPrefillOwnRank) {
+      fail(kPrefill, "takes a of a rank of ", kMaxPrefillOwnRank, " at most, got ", p.linear.rank);
+    }
+    if (!p.linear.round_each) fail(kPrefill, "takes a of an adapter that rounds each step");
+    const std::array<int64_t, 2> sizes{p.linear.tokens, p.linear.rank};
+    const std::array<int64_t, 2> strides{p.linear.rank, 1};
+    const std::array<int64_t, 1> count{(p.linear.tokens + 127) / 128};
+    y = empty(sizes.data(), strides.data(), 2, x.dtype(), device);
+    done = empty(count.data(), &strides[1], 1, aoti_torch_dtype_int32(), device);
+    p.a = a.data();
+    p.a_row = a.strides()[0];
+    p.done = static_cast<uint32_t*>(done.data());
+  } else {
+    check_rows(kPrefill, "y", y, 2, x.dtype(), device);
+    check_size(kPrefill, "y", y.sizes()[0], p.linear.tokens);
+    check_size(kPrefill, "y", y.sizes()[1], p.linear.rank);
+    if (y.strides()[0] != p.linear.rank) fail(kPrefill, "y must be contiguous");
+  }
   p.y = y.data();
   p.b = b.data();
   p.b_row = b.strides()[0];
@@ -192,8 +213,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
       " Tensor? b3, float scaling, Tensor? scalings, Tensor? token_slots, Tensor? ranks, bool round_each,"
       " int tile_columns, int most_blocks) -> Tensor");
   m.def(
-      "lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor b, float scaling, bool round_each)"
-      " -> Tensor");
+      "lora_prefill(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? y, Tensor b, float scaling,"
+      " bool round_each) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {

@@ -36,25 +36,29 @@ __device__ __forceinline__ float power_of_two(float scale) {
   return bits <= 0x400000u ? __uint_as_float(0x400000u) : __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
 }
 
-// Is it the rule of nearly every launch: float8, scale amax / 448 as it comes, codes x / scale?
-inline bool is_usual(const QuantRule& r) {
-  return !r.int8 && r.code_mode == CodeMode::divide && r.scale_divides && !r.scale_in_input && !r.or_one &&
-         !r.power_of_two && r.min_scale == 0.0f;
+// The rules of nearly every launch: scale amax / 448, or / 127 for int8, as it comes, and codes x / scale; or with
+// the scale rounded to the dtype of x, as torchao has it.
+enum class Usual { no, fp8, fp8_rounded, int8 };
+
+inline Usual usual(const QuantRule& r) {
+  const bool plain = r.code_mode == CodeMode::divide && r.scale_divides && !r.or_one && !r.power_of_two &&
+                     r.min_scale == 0.0f && !(r.int8 && r.scale_in_input);
+  return !plain ? Usual::no : r.int8 ? Usual::int8 : r.scale_in_input ? Usual::fp8_rounded : Usual::fp8;
 }
 
 // The rule of a launch, with what a usual one is known to hold as constants. A branch that all threads take alike is
 // cheap, but not free: four vectors a thread are then a third more instructions, and a small launch waits for each.
-template <bool Usual>
+template <Usual U>
 __device__ __forceinline__ QuantRule known(const QuantRule& given) {
   QuantRule rule = given;
-  if (Usual) {
-    rule.max = 448.0f;
-    rule.max_reciprocal = 1.0f / 448.0f;
+  if (U != Usual::no) {
+    rule.max = U == Usual::int8 ? 127.0f : 448.0f;
+    rule.max_reciprocal = U == Usual::int8 ? 1.0f / 127.0f : 1.0f / 448.0f;
     rule.min_scale = 0.0f;
     rule.code_mode = CodeMode::divide;
-    rule.int8 = false;
+    rule.int8 = U == Usual::int8;
     rule.scale_divides = true;
-    rule.scale_in_input = false;
+    rule.scale_in_input = U == Usual::fp8_rounded;
     rule.or_one = false;
     rule.power_of_two = false;
   }
@@ -75,10 +79,10 @@ __device__ __forceinline__ float scale_of(float amax, const QuantRule& rule) {
   return scale;
 }
 
-template <bool Usual>
+template <Usual U>
 __device__ __forceinline__ bool is_quick(float amax, float scale, const QuantRule& rule) {
-  // A usual scale is quick with its amax, which is there earlier.
-  if (Usual) return amax >= kExactAmax && amax <= FLT_MAX;
+  // A usual scale that is not rounded is quick with its amax, which is there earlier.
+  if (U == Usual::fp8 || U == Usual::int8) return amax >= kExactAmax && amax <= FLT_MAX;
   return amax >= kExactAmax && scale >= rule.least_quick_scale && scale <= kLargestQuickScale;
 }
 
@@ -207,15 +211,15 @@ __device__ __noinline__ void rare_codes_of_amax(Rare<T, N, R>& rare, const Quant
 
 // Codes of R vectors, each with its amax, and the scales. With one vector, the quick way is taken before it is known
 // to be right: small launches have one, and need not wait for the check. With more, that would cost registers.
-template <bool Usual, typename T, int N, int R>
+template <Usual U, typename T, int N, int R>
 __device__ __forceinline__ void codes_of(const Vec<T, N> (&v)[R], const float (&amax)[R], const QuantRule& given,
                                          Codes<N> (&codes)[R], float (&scale)[R]) {
-  const QuantRule rule = known<Usual>(given);
+  const QuantRule rule = known<U>(given);
   bool quick = true;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     scale[i] = scale_of<true, T>(amax[i], rule);
-    quick = quick && is_quick<Usual>(amax[i], scale[i], rule);
+    quick = quick && is_quick<U>(amax[i], scale[i], rule);
   }
   if (R == 1 || quick) {
 #pragma unroll
@@ -241,7 +245,7 @@ __device__ __forceinline__ void codes_of(const Vec<T, N> (&v)[R], const float (&
 template <typename T, int N, int V, typename Put>
 __device__ __forceinline__ float codes_of_shared(const Vec<T, N> (&v)[V], float amax, const QuantRule& rule, Put put) {
   const float scale = scale_of<true, T>(amax, rule);
-  if (is_quick<false>(amax, scale, rule)) {
+  if (is_quick<Usual::no>(amax, scale, rule)) {
     const float r = reciprocal(scale);
 #pragma unroll
     for (int i = 0; i < V; ++i) put(i, quick_codes<false>(v[i], scale, r, rule));

@@ -1,65 +1,12 @@
-// Group quantization by the usual rule, in a file of its own for the compiler's sake.
+// Group quantization by the usual rule of float8, in a file of its own for the compiler's sake.
 #include "group_quant.cuh"
 
 namespace custom_ops {
-namespace {
-
-// Few groups: a warp to each, and nothing in the way of its only load. The parameters that are read are few too, and
-// come first, for a launch begins by reading them, a line of constants at a time.
-constexpr int64_t kFewGrouped = int64_t{1} << 17;
-constexpr int kFew = 4;  // elements of a thread
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    few_groups_kernel(const T* x, uint8_t* codes, float* scale, uint32_t groups, uint32_t group_stride,
-                      const __grid_constant__ QuantRule rule) {
-  const uint32_t vec = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;
-  const uint32_t group = vec / 32;
-  if (group >= groups) return;
-  const Vec<T, kFew> v[1] = {load_const<T, kFew>(x + vec * kFew)};
-  uint32_t* code_at = reinterpret_cast<uint32_t*>(codes) + vec;
-  float* scale_at = scale + group * group_stride;
-  asm volatile("" : "+l"(code_at), "+l"(scale_at));  // as in ToGroups
-  float amax[1];
-  float scales[1];
-  Codes<kFew> code[1];
-  group_amax(v, 32 * kFew, rule.min_amax, amax);
-  codes_of<true>(v, amax, rule, code, scales);
-  store(code_at, code[0]);
-  if (threadIdx.x % 32 == 0) store(scale_at, scales[0]);
-}
-
-// Does it serve? One row, or rows that can be taken as one.
-template <typename T>
-bool few(const Source& source, int64_t rows, int64_t cols, const ToGroups<T, true>& to) {
-  const Plain<T> from(source);
-  const bool flat = from.x.stride == cols && from.x.inner.divisor == 0 && to.flat(cols);
-  return source.activation == Activation::none && rows * cols > 0 && rows * cols < kFewGrouped &&
-         (rows == 1 || flat) && from.vectorizable(cols);
-}
-
-template <typename T>
-cudaError_t launch_few(const Source& source, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
-  const uint32_t groups = static_cast<uint32_t>(rows * cols >> out.group_shift);
-  constexpr uint32_t kGroups = kThreads / 32;  // of a block
-  few_groups_kernel<T><<<(groups + kGroups - 1) / kGroups, kThreads, 0, stream>>>(
-      static_cast<const T*>(source.x.data), static_cast<uint8_t*>(out.codes), static_cast<float*>(out.scale), groups,
-      static_cast<uint32_t>(out.group_stride), out.rule);
-  return cudaGetLastError();
-}
-
-template <typename T>
-cudaError_t launch(const Source& source, int64_t rows, int64_t cols, const Quantized& out, cudaStream_t stream) {
-  if (few<T>(source, rows, cols, {out})) return launch_few<T>(source, rows, cols, out, stream);
-  return launch_group_quant<T, true>(source, rows, cols, out, stream);
-}
-
-}  // namespace
 
 cudaError_t usual_group_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                               cudaStream_t stream) {
-  return dtype == Dtype::bfloat16 ? launch<__nv_bfloat16>(source, rows, cols, out, stream)
-                                  : launch<__half>(source, rows, cols, out, stream);
+  return dtype == Dtype::bfloat16 ? launch_usual<__nv_bfloat16, Usual::fp8>(source, rows, cols, out, stream)
+                                  : launch_usual<__half, Usual::fp8>(source, rows, cols, out, stream);
 }
 
 }  // namespace custom_ops

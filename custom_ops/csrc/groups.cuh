@@ -67,12 +67,14 @@ __device__ __forceinline__ void group_amax(const Vec<T, N> (&v)[R], int group_si
 }
 
 // Is all that a launch may choose as usual? Groups of 128, whose scales stand one by one.
-inline bool is_usual(const Quantized& out) { return is_usual(out.rule) && out.group_size == 128 && !out.packed; }
+inline Usual usual(const Quantized& out) {
+  return out.group_size == 128 && !out.packed ? usual(out.rule) : Usual::no;
+}
 
-template <bool Usual>
+template <Usual U>
 __device__ __forceinline__ Quantized known(const Quantized& given) {
   Quantized out = given;
-  if (Usual) {
+  if (U != Usual::no) {
     out.group_size = 128;
     out.group_shift = 7;
     out.packed = false;

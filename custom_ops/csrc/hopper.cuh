@@ -118,12 +118,6 @@ __device__ __forceinline__ void load_tile_for(uint16_t blocks, const CUtensorMap
       : "memory");
 }
 
-// Into L2 only, where a later write to it goes too: so this may be asked for before the wait for the previous kernel.
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int col, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(col), "r"(row)
-               : "memory");
-}
-
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* from, int col, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(col), "r"(row)
@@ -139,6 +133,21 @@ __device__ __forceinline__ void wait_for_stores() {
 
 // Until what this thread wrote to shared memory can be read by the copy engine and the matrix units.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same of global memory: what was written, or what others wrote and this thread has acquired.
+__device__ __forceinline__ void fence_global() {
+  asm volatile("fence.acq_rel.gpu;\nfence.proxy.async.global;" ::: "memory");
+}
+
+__device__ __forceinline__ void add_released(uint32_t* to, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquired(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

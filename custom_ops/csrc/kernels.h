@@ -104,9 +104,11 @@ cudaError_t activation(Dtype dtype, const Source& source, void* out, int64_t row
 cudaError_t group_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                         cudaStream_t stream);
 
-// The same, of what is_usual in groups.cuh.
+// The same, of what is usual (see groups.cuh): float8, or int8 of x.
 cudaError_t usual_group_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                               cudaStream_t stream);
+cudaError_t usual_group_quant_int8(Dtype dtype, const Source& source, int64_t rows, int64_t cols,
+                                   const Quantized& out, cudaStream_t stream);
 
 cudaError_t token_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
                         cudaStream_t stream);
@@ -149,6 +151,7 @@ struct NormArgs {
   Matrix x;
   Matrix residual;     // data == nullptr: no residual is added
   void* residual_out;  // contiguous, written if there is a residual
+  void* out;           // contiguous: where a quantizing norm puts its values besides, or nullptr
   Weight weight;
   float eps;
   int64_t rows;
@@ -159,6 +162,11 @@ cudaError_t rms_norm(Dtype dtype, const NormArgs& args, void* out, cudaStream_t 
 cudaError_t rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t usual_rms_norm_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t rms_norm_token_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
+// With args.out.
+cudaError_t rms_norm_and_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
+cudaError_t usual_rms_norm_and_group_quant(Dtype dtype, const NormArgs& args, const Quantized& out,
+                                           cudaStream_t stream);
+cudaError_t rms_norm_and_token_quant(Dtype dtype, const NormArgs& args, const Quantized& out, cudaStream_t stream);
 cudaError_t rms_norm_token_quant_asymmetric(Dtype dtype, const NormArgs& args, const AsymmetricQuantized& out,
                                             cudaStream_t stream);
 cudaError_t rms_norm_tensor_quant(Dtype dtype, const NormArgs& args, const TensorQuantized& out, cudaStream_t stream);

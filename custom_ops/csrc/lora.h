@@ -10,6 +10,7 @@
 namespace custom_ops {
 
 constexpr int kMaxSlices = 4;
+constexpr int kMaxPrefillOwnRank = 32;  // of the shrink in the prefill kernel
 
 struct LoraSlice {
   const void* b;       // [slots, width, rank], contiguous
@@ -54,7 +55,10 @@ struct LoraDecode {
 // Many tokens and one adapter. y: [tokens, rank] and b: [columns, rank] of x's dtype, rank a multiple of 8.
 struct LoraPrefill {
   LoraLinear linear;
-  const void* y;
+  const void* a;  // [rank, channels] of x's dtype, rank up to kMaxPrefillOwnRank: y is written; or null, and y is given
+  int64_t a_row;
+  void* y;
+  uint32_t* done;  // with a: room for a number per 128 tokens
   const void* b;
   int64_t b_row;
   float scaling;

@@ -207,16 +207,6 @@ struct Decode {
     return gather(sums + token * kSumPitch<Columns> + column);
   }
 
-  // y from the parts of the blocks, where the shrink was done here.
-  __device__ void gather_y(float* y, const float* parts, int thread, int threads) const {
-    constexpr int kVectors = Rank > 0 ? Rank / 4 : 1;
-#pragma unroll 1
-    for (int i = thread; i < Tokens * kVectors; i += threads) {
-      const int at = i / kVectors * (Rank + 4) + i % kVectors * 4;
-      *reinterpret_cast<float4*>(y + at) = as_factor(gather(parts + at));
-    }
-  }
-
   // Four columns of a token: the sums, the bias, the low-rank product.
   __device__ __forceinline__ void write(int token, int within, float4 sum, float4 low_rank, float scaling,
                                         bool adapted) const {
@@ -321,6 +311,60 @@ struct WarpTile {
     here.write(token(tile) + 8, column(tile), second, {d[0][2], d[0][3], d[1][2], d[1][3]}, here.p.scaling, true);
   }
 };
+
+// The parts that the blocks of a cluster have of four numbers: all asked for before the first is used.
+template <int Blocks>
+struct Parts {
+  float4 part[Blocks];
+
+  __device__ __forceinline__ void load(const float* at) {
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) part[block] = load_from_block(at, block);
+  }
+
+  // In the order of the blocks.
+  __device__ __forceinline__ float4 sum() const {
+    float4 total = part[0];
+#pragma unroll
+    for (int block = 1; block < Blocks; ++block) total = sum_of(total, part[block]);
+    return total;
+  }
+};
+
+// What is left when every block has its sums: y from its parts, for all, and this warp's tiles, from the one at `at`
+// on, whose B has been loaded. For all threads of a block, of which the first `Finishers` have tiles.
+template <int Blocks, int Finishers, typename T, int Columns, int Tokens, int Rank>
+__device__ __forceinline__ void finish_tiles(WarpTile<T, Columns, Tokens, Rank>& tile, const float* sums,
+                                             const float* y_parts, float* y, int at) {
+  constexpr int kVectors = Rank / 4;
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool finishes = thread < Finishers;
+  const bool first = finishes && at < tile.kCount;
+  Parts<Blocks> of_y, low, high;
+  const auto load = [&] {
+    low.load(sums + tile.token(at) * kSumPitch<Columns> + tile.column(at));
+    high.load(sums + (tile.token(at) + 8) * kSumPitch<Columns> + tile.column(at));
+  };
+  const auto y_at = [](int i) { return i / kVectors * (Rank + 4) + i % kVectors * 4; };
+  int i = finishes ? thread : Tokens * kVectors;
+  if (i < Tokens * kVectors) of_y.load(y_parts + y_at(i));
+  if (first) load();
+#pragma unroll 1
+  while (i < Tokens * kVectors) {
+    *reinterpret_cast<float4*>(y + y_at(i)) = tile.here.as_factor(of_y.sum());
+    i += Finishers;
+    if (i < Tokens * kVectors) of_y.load(y_parts + y_at(i));
+  }
+  __syncthreads();
+  if (!first) return;
+  tile.finish(at, y, low.sum(), high.sum());
+#pragma unroll 1
+  for (at += Finishers / 32 * Blocks; at < tile.kCount; at += Finishers / 32 * Blocks) {
+    tile.load_b(at);
+    load();
+    tile.finish(at, y, low.sum(), high.sum());
+  }
+}
 
 #endif
 

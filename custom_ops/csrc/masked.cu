@@ -69,7 +69,7 @@ struct Masked {
     float scale[1];
     uint2 codes[1];
     group_amax(v, p.out.group_size, p.out.rule.min_amax, amax);
-    codes_of<false>(v, amax, p.out.rule, codes, scale);
+    codes_of<Usual::no>(v, amax, p.out.rule, codes, scale);
     if (!at.exists) return;
     QuantizedAt to = quantized_at(p.out, at.row, at.col, p.cols);
     to.codes += at.expert * p.max_tokens * p.cols;

@@ -62,6 +62,11 @@ constexpr int kMostAlignedExperts = 512;
 // Blocks that share the counting; each keeps a count per expert in the scratch.
 constexpr int kMostAlignBlocks = 128;
 constexpr int kPairsOfOneBlock = 8192;  // up to here there is one, and no scratch
+// From sm_90 on, a cluster of so many blocks takes more than kPairsOfOneOfCluster and up to kPairsOfCluster, without a
+// scratch too: its blocks read each other's counts.
+constexpr int kAlignCluster = 8;
+constexpr int kPairsOfOneOfCluster = 1024;
+constexpr int kPairsOfCluster = 32768;
 
 struct AlignArgs {
   Ids ids;
@@ -78,13 +83,14 @@ struct AlignArgs {
   int32_t* counts;   // the scratch, [blocks, experts]
   int32_t blocks;
   int32_t chunk;  // pairs of a block
+  bool cluster;   // the blocks are one, and need no scratch
   // A kernel behind this one that may begin early reads and writes nothing before it has waited, but for what no kernel
   // writes (weights): then it may begin with this one, and not only when all that is ahead of this one is done.
   bool next_waits;
 };
 
-// Divides the pairs among blocks. The caller then makes the scratch if there is more than one.
-void plan_align(AlignArgs& args);
+// Divides the pairs among blocks. The caller then makes the scratch if there is more than one and no cluster.
+cudaError_t plan_align(AlignArgs& args);
 cudaError_t moe_align(const AlignArgs& args, cudaStream_t stream);
 
 // ---- tokens to rows and back ----------------------------------------------------------------------------
@@ -110,5 +116,44 @@ struct SumArgs {
 };
 
 cudaError_t moe_sum(Dtype dtype, const SumArgs& args, cudaStream_t stream);
+
+// ---- grouped products on Hopper -------------------------------------------------------------------------
+
+constexpr int kMostGroupedExperts = 256;
+constexpr int kGroupedRows = 8;  // of the blocks of the index
+
+// x is bfloat16, or FP8 codes with a scale for 128 channels; the weight is of the same. Rows of the first product are
+// tokens, in the order of the index; those of the second are the results of the first, and its results are pairs.
+struct GroupedArgs {
+  const void* x;
+  int64_t x_rows;
+  int64_t x_pitch;  // elements
+  const float* x_scale;
+  int scale_row;  // from a row's scale to the next one's
+  int scale_group;
+  const void* weight;  // [experts, weight_rows, channels], contiguous
+  const float* w_scale;
+  int64_t w_scale_expert;
+  int64_t w_scale_row;
+  const int32_t* sorted_ids;
+  const int32_t* block_experts;
+  const int32_t* num_padded;
+  void* out;         // [padded_rows, width] of the first, [pairs, width] of the second, contiguous
+  float* out_scale;  // [width / 128, padded_rows], of the first product of codes
+  int64_t padded_rows;
+  int pairs;
+  int top_k;
+  int experts;
+  int channels;
+  int weight_rows;
+  int column_tiles;  // of 128 gates and as many ups, or of 256 columns
+  int width;
+  float min_amax;
+};
+
+enum class GroupedType { bfloat16, e4m3 };
+
+cudaError_t moe_grouped_gate_up(GroupedType type, const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t moe_grouped_down(GroupedType type, const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
 
 }  // namespace custom_ops

@@ -2,8 +2,10 @@
 //
 // A counting sort: of a tile of pairs every warp counts its own, experts are scanned over warps and then among
 // themselves, and a pair's row is what lies before its expert, its warp, and it within the warp. Up to
-// kPairsOfOneBlock pairs one block does it all; of more, one kernel counts and a second one places, both with a block
-// for each chunk of pairs. Nothing is added atomically: the order is always the same.
+// kPairsOfOneBlock pairs one block does it all, or the blocks of a cluster where the device has them; of more, one kernel
+// counts and a second one places, both with a block for each chunk of pairs. Nothing is added atomically: the order is
+// always the same.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include "groups.cuh"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int kMostWarps = 32;
 
-enum class Step { only, count, place };
+enum class Step { only, cluster, count, place };
 
 struct Shared {
   // How many pairs of an expert each warp has; after the scan, how many the warps before it have.
@@ -141,6 +143,26 @@ __device__ __forceinline__ void describe(const AlignArgs& p, const Shared& share
   for (int b = used / p.block_size + thread; b < p.rows / p.block_size; b += threads) p.block_experts[b] = -1;
 }
 
+// Of the pairs of expert e: how many the cluster has, and how many the blocks before this one. Every thread calls it.
+__device__ __forceinline__ void count_cluster(const Shared& shared, int e, int experts, int& all, int& before) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  namespace cg = cooperative_groups;
+  const auto cluster = cg::this_cluster();
+  cluster.sync();  // all have counted, and what is padding is written
+  if (e < experts) {
+    int counts[kAlignCluster];
+#pragma unroll
+    for (int b = 0; b < kAlignCluster; ++b) counts[b] = *cluster.map_shared_rank(&shared.tile[e], b);
+#pragma unroll
+    for (int b = 0; b < kAlignCluster; ++b) {
+      all += counts[b];
+      if (b < static_cast<int>(blockIdx.x)) before += counts[b];
+    }
+  }
+  cluster.sync();  // nobody reads here any more, so a block may end
+#endif
+}
+
 template <Step S, int Items>
 __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_constant__ AlignArgs p) {
   __shared__ Shared shared;
@@ -151,7 +173,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_
   const int end = p.pairs - first < p.chunk ? p.pairs : first + p.chunk;
   Tile<Items> tile;
   // What comes next may rely on all that is ahead of this kernel, so it begins after this wait, unless it waits itself.
-  if (S == Step::only && p.next_waits) let_second_begin();
+  constexpr bool kAlone = S == Step::only || S == Step::cluster;
+  if (kAlone && p.next_waits) let_second_begin();
   if constexpr (S != Step::place) wait_for_first();
   let_second_begin();
   tile.load(p, first, end);
@@ -174,6 +197,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) align_kernel(const __grid_
   int before = 0;
   if constexpr (S == Step::only) {
     if (e < experts) all = shared.tile[e];
+  } else if constexpr (S == Step::cluster) {
+    count_cluster(shared, e, experts, all, before);
   } else {
     wait_for_first();
     if (e < experts) {
@@ -207,19 +232,46 @@ cudaError_t launch_only(const AlignArgs& p, int threads, bool early, cudaStream_
   return launch_kernel(align_kernel<Step::only, Items>, 1, threads, 0, stream, early, p);
 }
 
+template <int Items>
+cudaError_t launch_cluster(const AlignArgs& p, int threads, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kAlignCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kAlignCluster);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, align_kernel<Step::cluster, Items>, p);
+}
+
 constexpr int kItems = 4;  // of several blocks
 constexpr int kTilePairs = kMostWarps * 32 * kItems;
 
 }  // namespace
 
-void plan_align(AlignArgs& p) {
+cudaError_t plan_align(AlignArgs& p) {
   p.blocks = 1;
   p.chunk = p.pairs;
-  if (p.pairs <= kPairsOfOneBlock) return;
-  const int64_t tiles = (int64_t{p.pairs} + kTilePairs - 1) / kTilePairs;
-  const int64_t tiles_of_block = (tiles + kMostAlignBlocks - 1) / kMostAlignBlocks;
-  p.chunk = static_cast<int32_t>(tiles_of_block * kTilePairs);
-  p.blocks = static_cast<int32_t>((tiles + tiles_of_block - 1) / tiles_of_block);
+  p.cluster = false;
+  if (p.pairs <= kPairsOfOneOfCluster) return cudaSuccess;
+  if (p.pairs <= kPairsOfCluster) {
+    const cudaError_t error = can_begin_early(p.cluster);  // such devices have clusters
+    if (error != cudaSuccess) return error;
+  }
+  if (p.cluster) {
+    p.blocks = kAlignCluster;
+    p.chunk = (p.pairs + kAlignCluster - 1) / kAlignCluster;
+  } else if (p.pairs > kPairsOfOneBlock) {
+    const int64_t tiles = (int64_t{p.pairs} + kTilePairs - 1) / kTilePairs;
+    const int64_t tiles_of_block = (tiles + kMostAlignBlocks - 1) / kMostAlignBlocks;
+    p.chunk = static_cast<int32_t>(tiles_of_block * kTilePairs);
+    p.blocks = static_cast<int32_t>((tiles + tiles_of_block - 1) / tiles_of_block);
+  }
+  return cudaSuccess;
 }
 
 cudaError_t moe_align(const AlignArgs& p, cudaStream_t stream) {
@@ -227,6 +279,14 @@ cudaError_t moe_align(const AlignArgs& p, cudaStream_t stream) {
   bool early;
   const cudaError_t error = can_begin_early(early);
   if (error != cudaSuccess) return error;
+  if (p.cluster) {
+    const int least = p.ids.experts < 128 ? 128 : (p.ids.experts + 31) / 32 * 32;
+    int threads = p.chunk < kMostWarps * 32 ? (p.chunk + 31) / 32 * 32 : kMostWarps * 32;
+    if (threads < least) threads = least;
+    if (p.chunk <= threads) return launch_cluster<1>(p, threads, stream);
+    if (p.chunk <= 2 * threads) return launch_cluster<2>(p, threads, stream);
+    return launch_cluster<4>(p, threads, stream);
+  }
   if (p.blocks == 1) {
     // Few pairs: few warps to count and to wait for. A thread for each expert.
     int threads = p.pairs < 1024 ? (p.pairs + 31) / 32 * 32 : 1024;

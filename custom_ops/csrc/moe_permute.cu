@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   float scale[1];
   Codes<kVec> codes[1];
   group_amax(v, out.group_size, out.rule.min_amax, amax);
-  codes_of<false>(v, amax, out.rule, codes, scale);
+  codes_of<Usual::no>(v, amax, out.rule, codes, scale);
   wait_for_first();
   for_rows(row_of_pair + token * top_k, top_k, [&](int64_t row) {
     if (col < cols) store_quantized<Here>(codes, scale, quantized_at(out, row, col, cols), 1, col, cols, out);

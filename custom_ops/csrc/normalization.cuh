@@ -293,4 +293,10 @@ cudaError_t launch_norm(const NormArgs& args, const Sink& sink, cudaStream_t str
                                        : launch_norm<T, false>(args, sink, stream);
 }
 
+// The norm to args.out, and to a sink.
+template <typename T, typename Sink>
+cudaError_t launch_norm_and(const NormArgs& args, const Sink& sink, cudaStream_t stream) {
+  return launch_norm<T>(args, RowStoreAnd<T, Sink>{{static_cast<T*>(args.out)}, sink}, stream);
+}
+
 }  // namespace custom_ops

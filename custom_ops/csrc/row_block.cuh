@@ -117,8 +117,32 @@ struct RowStore {
   }
 };
 
-// Usual: see is_usual.
-template <typename T, bool Usual>
+// Where the values go themselves, and to what besides.
+template <typename T, typename Sink>
+struct RowStoreAnd {
+  static constexpr Pass kPass = Sink::kPass;
+
+  RowStore<T> values;
+  Sink sink;
+
+  template <int V>
+  __device__ __forceinline__ void put(const RowPart& part, const Vec<T> (&v)[V]) const {
+    values.put(part, v);
+    sink.put(part, v);
+  }
+
+  // Some sinks ask for a value twice, and it is stored twice.
+  template <typename Value>
+  __device__ __forceinline__ void put_long(const LongRow& row, Value value) const {
+    sink.put_long(row, [&](int64_t col) {
+      const Vec<T> v = value(col);
+      if (col < row.cols) store_any(values.out + row.row * row.cols + col, v, row.cols - col, row.aligned);
+      return v;
+    });
+  }
+};
+
+template <typename T, Usual U>
 struct RowToGroups {
   static constexpr Pass kPass = Pass::only;
 
@@ -134,10 +158,10 @@ struct RowToGroups {
     float amax[V];
     float scale[V];
     uint2 codes[V];
-    const Quantized to = known<Usual>(out);
+    const Quantized to = known<U>(out);
     group_amax(v, to.group_size, to.rule.min_amax, amax);
-    codes_of<Usual>(v, amax, out.rule, codes, scale);
-    if constexpr (Usual) {
+    codes_of<U>(v, amax, out.rule, codes, scale);
+    if constexpr (U != Usual::no) {
       // Whole warps wherever there is more than one vector: the steps between them are the same number of groups.
       QuantizedAt at = quantized_at(to, part.row, part.col(0), part.cols);
       const uint32_t step = blockDim.x * kVec;
@@ -165,7 +189,7 @@ struct RowToGroups {
       float scale[1];
       uint2 codes[1];
       group_amax(one, out.group_size, out.rule.min_amax, amax);
-      codes_of<false>(one, amax, out.rule, codes, scale);
+      codes_of<Usual::no>(one, amax, out.rule, codes, scale);
       if (vec < row.vecs()) put_one(row.row, vec * kVec, row.cols, codes[0], scale[0]);
     }
   }

@@ -148,8 +148,8 @@ struct Store {
   }
 };
 
-// To codes and scales of groups. Usual: see is_usual.
-template <typename T, bool Usual>
+// To codes and scales of groups.
+template <typename T, Usual U>
 struct ToGroups {
   static constexpr Pass kPass = Pass::only;
 
@@ -158,7 +158,7 @@ struct ToGroups {
   using At = QuantizedAt;
   // Computed here and now, and not, as the compiler would have it, at the end, where a small launch waits for it.
   __device__ __forceinline__ At prepare(const RowTile& tile, int64_t cols) const {
-    QuantizedAt at = quantized_at(known<Usual>(out), tile.row, tile.col, cols);
+    QuantizedAt at = quantized_at(known<U>(out), tile.row, tile.col, cols);
     asm volatile("" : "+l"(at.codes), "+l"(at.scale));
     return at;
   }
@@ -178,9 +178,9 @@ struct ToGroups {
     float amax[R];
     float scale[R];
     Codes<N> codes[R];
-    const Quantized quantized = known<Usual>(out);
+    const Quantized quantized = known<U>(out);
     group_amax(v, quantized.group_size, out.rule.min_amax, amax);
-    codes_of<Usual>(v, amax, out.rule, codes, scale);
+    codes_of<U>(v, amax, out.rule, codes, scale);
     if (at.left > 0) store_quantized<S>(codes, scale, to, at.left, at.col, cols, quantized);
   }
 };

@@ -20,7 +20,13 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.int8,
 )
-OPS = ("ep_dispatch", "ep_combine", "ep_dispatch_low_latency", "ep_combine_low_latency")
+OPS = (
+    "ep_dispatch",
+    "ep_combine",
+    "ep_dispatch_low_latency",
+    "ep_combine_low_latency",
+    "ep_fused_moe",
+)
 # What a header says in numbers before the counts: the op, and up to this many sizes and dtypes.
 _ABOUT = 7
 # The runs of tokens that a rank's tokens are divided in: two SMs each of those that DeepEP sends and receives with.

@@ -1,4 +1,4 @@
-"""The communication buffers of DeepEP: one for each group and size, made on first use, freed at exit.
+"""The communication buffers of DeepEP: one for each group, size and batch, made on first use, freed at exit.
 
 Making one is collective: every rank of the group makes the same ones in the same order, which it does if it calls the
 ops in the same order. Freeing one waits for the other ranks, so none is freed after an exchange has failed.
@@ -7,10 +7,12 @@ ops in the same order. Freeing one waits for the other ranks, so none is freed a
 from __future__ import annotations
 
 import atexit
+import contextlib
+import contextvars
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from custom_ops.expert_parallel import groups
@@ -27,6 +29,7 @@ QUEUE_TOKENS = 256
 LEAST_QUEUE_PAIRS = 24  # DeepEP's default
 
 _buffers: dict[tuple[Any, ...], Any] = {}
+_batch = contextvars.ContextVar("_batch", default=0)
 _failed = False
 _pairs = 0
 
@@ -36,9 +39,19 @@ def package() -> Any:
     return importlib.import_module("deep_ep")
 
 
+@contextlib.contextmanager
+def batch(which: int) -> Iterator[None]:
+    """Inside, buffers are those of one of several batches that are on their way at once (0: what all else uses)."""
+    token = _batch.set(which)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
 def high_throughput(op: str, group: str, row_bytes: int) -> Any:
     """The `deep_ep.Buffer` for rows of at most so many bytes."""
-    key = (group, "high_throughput", row_bytes)
+    key = (group, "high_throughput", row_bytes, _batch.get())
     if key not in _buffers:
         deep_ep, ranks = package(), groups.size(op, group)
         size = max(
@@ -74,7 +87,7 @@ def low_latency(op: str, group: str, max_tokens: int, hidden: int, num_experts: 
 
 def elastic(op: str, group: str, max_tokens: int, hidden: int, top_k: int) -> Any:
     """The `deep_ep.ElasticBuffer` for so many tokens of each rank; `deterministic`, or rows come in any order."""
-    key = (group, "elastic", max_tokens, hidden, top_k)
+    key = (group, "elastic", max_tokens, hidden, top_k, _batch.get())
     if key not in _buffers:
         deep_ep = package()
         _make(

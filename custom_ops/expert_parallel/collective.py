@@ -47,8 +47,12 @@ def define(
     reference: Callable[..., Any],
     implementations: Sequence[Implementation] = (),
     capturable: bool = False,
+    overload: str = "",
 ) -> CollectiveOp:
-    """Declare `custom_ops::<name of public>`; the other arguments are those of `library.define`."""
+    """Declare `custom_ops::<name of public>`; the other arguments are those of `library.define`.
+
+    overload: the name of one with the same arguments and without the tag, for calls in which nobody waits.
+    """
     name = public.__name__
     last = Implementation("reference", lambda: reference)
     op = CollectiveOp(name, public, schema, check, empty, reference, [*implementations, last])
@@ -58,6 +62,13 @@ def define(
     library._library.impl(name, op.kernel, "CUDA")
     torch.library.register_fake(f"{library.NAMESPACE}::{name}", op.fake, lib=library._library)
     torch.fx.has_side_effect(op.overload)
+    if overload:
+        full = f"{name}.{overload}"
+        library._library.define(full + schema, tags=library._TAGS)
+        library._library.impl(full, op.kernel, "CPU")
+        library._library.impl(full, op.kernel, "CUDA")
+        torch.library.register_fake(f"{library.NAMESPACE}::{full}", op.fake, lib=library._library)
+        torch.fx.has_side_effect(getattr(getattr(torch.ops.custom_ops, name), overload))
     for function in (public, check, empty, reference):
         library._require_signature(op, function)
     library._ops[name] = op

@@ -99,6 +99,49 @@ def gather(op: str, group: str, sent: Tensor, received: Tensor) -> None:
     _finish(op, group, start, sent, False)
 
 
+def gather_all(op: str, group: str, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+    """`gather` of several tensors at once: one launch with NCCL."""
+
+    def start(pg: Any) -> Any:
+        # as bytes, for a backend that does not know a dtype
+        return pg.allgather_into_tensor_coalesced(
+            [t.view(torch.uint8) if t.numel() else t for t in received],
+            [t.view(torch.uint8) if t.numel() else t for t in sent],
+        )
+
+    _finish(op, group, start, sent[0], False)
+
+
+def reduce_scatter(op: str, group: str, sent: Tensor, received: Tensor) -> None:
+    """Of the sums over the ranks of `sent`, this rank's part into `received`. On GPUs; the host does not wait."""
+
+    def start(pg: Any) -> Any:
+        return torch.distributed.reduce_scatter_tensor(received, sent, group=pg, async_op=True)
+
+    _finish(op, group, start, sent, False)
+
+
+def most(op: str, group: str, count: int, device: torch.device) -> int:
+    """The largest of the counts that the ranks give. The host waits for them."""
+    mine = torch.full((1,), count, dtype=torch.int64, device=device)
+    all_counts = mine.new_empty(size(op, group))
+    if mine.is_cuda:
+        refuse_capture(op)
+    gather(op, group, mine, all_counts)
+    if not mine.is_cuda:
+        return int(all_counts.max())
+    on_host = torch.empty_like(all_counts, device="cpu", pin_memory=True)
+    on_host.copy_(all_counts, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    seconds = _PATIENCE * timeout(resolve(op, group), device)
+    deadline = time.monotonic() + seconds
+    while not arrived.query():
+        if time.monotonic() > deadline:
+            raise no_answer(op, group, f"nothing for {seconds:.1f} s")
+    return int(on_host.max())
+
+
 def refuse_capture(op: str) -> None:
     """Raise RuntimeError where the current CUDA stream is being captured: what follows waits for the host."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

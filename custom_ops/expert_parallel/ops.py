@@ -7,7 +7,7 @@ come from and then by token.
 What `ep_dispatch` found out, `ep_combine` takes back as a handle, which means the same whatever implementation made it:
 - sent, int32 [T, N]: negative where a token did not go to a rank; else its place among those of its channel that did.
 - sources, int32 [R]: which token of its rank a received row is; after the last row, whatever memory held.
-- ranks, int32 [N, N]: how many rows ranks 0 .. i sent to rank j. ElasticBuffer knows it for this rank only, else 0.
+- ranks, int32 [N, N]: how many rows ranks 0 .. i sent to rank j, for this rank j; what else is in it says nothing.
 - channels, int32 [N, C]: in the rows from a rank, the first of each of its channels. ElasticBuffer knows none: 0.
 
 A channel is one of C = 10 runs of a rank's tokens, of ceil(T / C) each and the last ones shorter.

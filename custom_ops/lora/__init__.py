@@ -2,6 +2,7 @@
 
 from custom_ops.lora.batch import LoRABatch
 from custom_ops.lora.experts import fused_moe_lora
+from custom_ops.lora.halves import lora_expand_single, lora_shrink_single
 from custom_ops.lora.ops import (
     lora_add,
     lora_add_single,
@@ -20,8 +21,10 @@ __all__ = [
     "lora_add",
     "lora_add_single",
     "lora_expand",
+    "lora_expand_single",
     "lora_linear",
     "lora_linear_single",
     "lora_linears_single",
     "lora_shrink",
+    "lora_shrink_single",
 ]

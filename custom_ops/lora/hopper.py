@@ -20,6 +20,7 @@ from custom_ops.platform import on_device
 MAX_DECODE_TOKENS = 128
 MAX_OWN_RANK = 64  # of the shrink in the decode kernel
 MAX_DECODE_RANK = 128  # whose y has room in shared memory
+MAX_PREFILL_OWN_RANK = 32  # of the shrink in the prefill kernel
 MAX_SLICES = 4
 SLICE_COLUMNS = 128
 SPLIT_TOKENS = 4096  # from here on the shrink before the prefill kernel splits the channels
@@ -73,7 +74,7 @@ def _unsupported(
             f"and {rank}"
         )
     way = way_of(kind, tokens, weight, a, b)
-    if way not in (*ways.DECODES, "prefill"):
+    if way not in ways.CUDA:
         return f"the table has Triton for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
     for name, tensor in (("x", x), ("weight", weight), ("a", a[0]), *(("b", each) for each in b)):
         if not _on_16_bytes(tensor, 1 if name == "x" else tensor.dim() - 1):
@@ -83,7 +84,7 @@ def _unsupported(
 
 def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
     """The fastest of the ways that take these sizes, Triton's included."""
-    among = ["apart", "beside"]
+    among = [*ways.WITH_BLAS]
     rank = a[0].shape[-2]
     single = kind == "single"
     if single and a[0].dtype == torch.float32:
@@ -97,7 +98,7 @@ def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Seque
         if rank <= ways.MAX_FUSED_RANK:
             among.append("fused")
         if a[0].dtype == weight.dtype:
-            among.append("prefill")
+            among += ["prefill", "prefill own"] if rank <= MAX_PREFILL_OWN_RANK else ["prefill"]
     columns, channels = weight.shape
     return ways.best(kind, tokens, columns, channels, rank, tuple(among))
 
@@ -141,7 +142,7 @@ def load_single() -> Any:
         each = a.dtype == x.dtype
         shape = (*x.shape[:-1], weight.shape[0])
         way = way or way_of("single", tokens, weight, (a,), (b,))
-        own = way != "prefill" and each and rank <= MAX_OWN_RANK
+        own = way in ways.DECODES and each and rank <= MAX_OWN_RANK
         with on_device(x):
             if own:
                 none = None, None, None
@@ -149,12 +150,14 @@ def load_single() -> Any:
                     *(rows, weight, bias, a, None, b, *none, scaling, *none, each, *tile_of(way))
                 )
                 return out.view(shape)
+            if way == "prefill own":
+                return prefill(rows, weight, bias, a, None, b, scaling, each).view(shape)
             if way == "prefill":
                 tile = shrink_tile(tokens, False, whole=tokens < SPLIT_TOKENS)
                 dtype = x.dtype if tile.splits == 1 else torch.float32
                 y = launch.shrink(rows, (a,), None, tile, dependent=True, dtype=dtype)
                 y = launch.round_sums(y, x.dtype, dependent=True)
-                return prefill(rows, weight, bias, y[0], b, scaling, each).view(shape)
+                return prefill(rows, weight, bias, None, y[0], b, scaling, each).view(shape)
             y = launch.shrink(rows, (a,), None, shrink_tile(tokens, False), dependent=True)
             none = None, None, None
             out = decode(
@@ -212,7 +215,7 @@ def load_together() -> Any:
                 shrunk = shrink_together(rows, [a[index] for index in many], tile, True, x.dtype)
                 for index, y in zip(many, shrunk, strict=True):
                     weight, bias, _, of_b, scaling = layers[index]
-                    out = prefill(rows, weight, bias, y[0, 0], of_b, scaling, True)
+                    out = prefill(rows, weight, bias, None, y[0, 0], of_b, scaling, True)
                     outs[index] = out.view(*x.shape[:-1], weight.shape[0])
         return [outs[index] for index in range(len(layers))]
 

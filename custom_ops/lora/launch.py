@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -177,10 +178,12 @@ def expand(
     *,
     each: bool = False,
     dependent: bool = False,
+    after_shrink: bool = False,
 ) -> Tensor:
     """Writes base + scaling * y @ b.T to out [T, N], contiguous. y: as `shrink` returns it, or some slices of it.
 
-    base: [T, N] of out's dtype and any row pitch, perhaps out itself; or None.
+    base: [T, N] of out's dtype and any row pitch, perhaps out itself; or None. after_shrink: the kernel before this one
+    is the shrink, which lets it start only when the base is there.
     """
     count, columns = out.shape
     rank = y.shape[-1]
@@ -209,11 +212,13 @@ def expand(
         SLICES=len(b),
         SPLITS=y.shape[0],
         HAS_BASE=base is not None,
+        EARLY_BASE=after_shrink or not dependent,
         IN_PLACE=base is not None and base.data_ptr() == out.data_ptr(),
         ROUND=(EACH if each else FLOAT32).value,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=block_r,
+        RANK_STEP=math.gcd(rank, 16),
         ONE_BLOCK=rank <= block_r,
         BATCHED=tokens is not None,
         DEPENDENT=dependent,
@@ -268,6 +273,7 @@ def linear(
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=block_r,
+        RANK_STEP=math.gcd(rank, 16),
         ONE_BLOCK=rank <= block_r,
         DEPENDENT=dependent,
         num_warps=tile.warps,

@@ -1,12 +1,15 @@
 """The LoRA ops in Triton, and which of their ways is taken for how many tokens.
 
-Apart, beside: the BLAS multiplies by W, the shrink runs before it or beside it, and the expand adds to what the BLAS
-wrote, in place. Fused: one kernel does W and the expand (`triton_linear`). The choice depends on sizes only: `ways`.
+Apart, beside, after: the BLAS multiplies by W, the shrink runs before it, beside it or after it, and the expand adds to
+what the BLAS wrote, in place. Fused: one kernel does W and the expand (`triton_linear`). The choice depends on sizes
+only: `ways`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
 
 FUSED_TILE = LinearTile(128, 256, 64, 8, 3, parts=2)
+BLAS_RANK = (
+    64  # above it the BLAS makes y of one 16-bit adapter too, which it rounds as PEFT's layer does
+)
 
 
 def lora_shrink(
@@ -90,6 +96,7 @@ def lora_add(
             out.view(-1, base.shape[-1]),
             expand_tile(rows.shape[0], True),
             dependent=chained(x),
+            after_shrink=True,
         )
     return out
 
@@ -110,11 +117,9 @@ def lora_linear(
     """As `custom_ops.lora_linear`. Takes any row pitch of x and the weight. way: other than the table's."""
     tokens, rows = Tokens(ranks, sorted_tokens, tiles), as_rows(x)
     columns, channels = weight.shape
-    way = way or ways.best(
-        "batch", rows.shape[0], columns, channels, a[0].shape[1], ("apart", "beside")
-    )
+    way = way or ways.best("batch", rows.shape[0], columns, channels, a[0].shape[1], ways.WITH_BLAS)
     with on_device(x):
-        out = _apart(rows, weight, bias, a, b, scaling, tokens, False, way == "beside")
+        out = _with_blas(rows, weight, bias, a, b, scaling, tokens, False, way)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -143,7 +148,7 @@ def lora_linear_single(
                 rows, weight, bias, y, b, scaling, FUSED_TILE, each=each, dependent=chained(x)
             )
         else:
-            out = _apart(rows, weight, bias, (a,), (b,), scaling, None, each, way == "beside")
+            out = _with_blas(rows, weight, bias, (a,), (b,), scaling, None, each, way)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -216,7 +221,7 @@ def single_way(x: Tensor, weight: Tensor, b: Tensor, each: bool) -> str:
     kind = "single" if each else "single float32"
     columns, channels, rank = *weight.shape, b.shape[1]
     fused = rank <= ways.MAX_FUSED_RANK and fusible(x, weight)
-    among = ("apart", "beside", *(["fused"] if fused else []))
+    among = (*ways.WITH_BLAS, *(["fused"] if fused else []))
     return ways.best(kind, x.shape[0], columns, channels, rank, among)
 
 
@@ -236,11 +241,40 @@ def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: floa
             expand_tile(rows.shape[0], False),
             each=a.dtype == x.dtype,
             dependent=chained(x),
+            after_shrink=True,
         )
     return out
 
 
-def _apart(
+def lora_shrink_single(x: Tensor, a: Sequence[Tensor]) -> Tensor:
+    """As `custom_ops.lora_shrink_single`. Takes any row pitch; what is strided along its rows is copied."""
+    rows, a, dtype = as_rows(x), [as_rows(each) for each in a], a[0].dtype
+    if any(each.stride(0) != a[0].stride(0) for each in a):
+        a = [each.contiguous() for each in a]  # a kernel has one row pitch
+    with on_device(x):
+        tile = shrink_tile(rows.shape[0], False)
+        y = launch.shrink(rows, a, None, tile, chained(x))
+        return launch.round_sums(y, dtype, chained(x))
+
+
+def lora_expand_single(y: Tensor, base: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """As `custom_ops.lora_expand_single`. Takes any row pitch; what is strided along its rows is copied."""
+    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    with on_device(y):
+        launch.expand(
+            y.contiguous()[None, None],
+            (as_rows(b),),
+            as_rows(base),
+            scaling,
+            None,
+            out.view(-1, base.shape[-1]),
+            expand_tile(y.shape[0], False),
+            each=y.dtype == base.dtype,
+        )  # not dependent: the kernel before it may be the one that makes B, which is read before the wait
+    return out
+
+
+def _with_blas(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -249,22 +283,34 @@ def _apart(
     scaling: Tensor | float,
     tokens: Tokens | None,
     each: bool,
-    beside: bool,
+    way: str,
 ) -> Tensor:
     count = x.shape[0]
     batched = tokens is not None
-    y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched))
-    if beside and x.device.type == "cuda":
+    y: Tensor
+    run_shrink: Any
+    after = way == "after" and chained(x)
+    if each and a[0].shape[0] > BLAS_RANK:
+        product = torch.empty((count, a[0].shape[0]), dtype=x.dtype, device=x.device)
+        y, run_shrink = product[None, None], partial(torch.mm, x, a[0].t(), out=product)
+    else:
+        y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched), after)
+    if way == "beside" and x.device.type == "cuda":
         main, side = torch.cuda.current_stream(), _side_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             run_shrink()
         out = torch.nn.functional.linear(x, weight, bias)
         main.wait_stream(side)
+    elif way == "after":
+        out = torch.nn.functional.linear(x, weight, bias)
+        run_shrink()
     else:
         run_shrink()
         out = torch.nn.functional.linear(x, weight, bias)
-    return launch.expand(y, b, out, scaling, tokens, out, expand_tile(count, batched), each=each)
+    tile = expand_tile(count, batched)
+    order = {"dependent": after, "after_shrink": after}
+    return launch.expand(y, b, out, scaling, tokens, out, tile, each=each, **order)
 
 
 _side_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -301,7 +347,9 @@ def shrink_tile(tokens: int, batched: bool, whole: bool = False) -> ShrinkTile:
         return ShrinkTile(64, 64, 1, 4, 4)
     if tokens <= 64:
         return ShrinkTile(16, 256, 8, 4, 2)
-    if tokens <= 512 or batched:
+    if batched:
+        return ShrinkTile(16, 128, 4, 2, 4)
+    if tokens <= 512:
         return ShrinkTile(16, 128, 4, 4, 3)
     return ShrinkTile(64, 128, 4, 4, 3)
 

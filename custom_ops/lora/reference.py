@@ -105,6 +105,18 @@ def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: floa
     return to_contiguous((base + delta).to(base.dtype))
 
 
+def lora_shrink_single(x: Tensor, a: Sequence[Tensor]) -> Tensor:
+    """`custom_ops.lora_shrink_single`."""
+    rows = x.reshape(-1, x.shape[-1]).to(a[0].dtype)
+    return torch.stack([torch.nn.functional.linear(rows, each) for each in a])
+
+
+def lora_expand_single(y: Tensor, base: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`custom_ops.lora_expand_single`: `lora_add_single` from its second product on."""
+    delta = (torch.nn.functional.linear(y, b) * scaling).reshape(base.shape)
+    return to_contiguous((base + delta).to(base.dtype))
+
+
 def lora_linears_single(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -207,8 +207,8 @@ def shrink_kernel(
 
 @triton.jit
 def _sum(pointers, mask, step, SPLITS: tl.constexpr):
-    """The sum of a tile over its splits, in their order."""
-    total = tl.load(pointers, mask=mask, other=0.0)
+    """The sum of a tile over its splits, in their order, in float32."""
+    total = to_float32(tl.load(pointers, mask=mask, other=0.0))
     for split in tl.static_range(1, SPLITS):
         total += tl.load(pointers + split * step, mask=mask, other=0.0)
     return total
@@ -244,14 +244,19 @@ def low_rank(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """y @ B.T for some tokens and columns, y the sum of its splits. The first of B is read before the wait."""
+    """y @ B.T for some tokens and columns, y the sum of its splits. The first of B is read before the wait.
+
+    B is zero from the rank up to a multiple of RANK_STEP, which lets it be read in whole vectors.
+    """
     r = tl.arange(0, BLOCK_R)
+    in_b = (rank + RANK_STEP - 1) // RANK_STEP * RANK_STEP
     b_ptrs = b_ptr + column.to(tl.int64)[None, :] * b_row + r[:, None]
     y_ptrs = y_ptr + token[:, None] * R + r[None, :]
-    b = tl.load(b_ptrs, mask=in_columns[None, :] & (r < rank)[:, None], other=0.0)
+    b = tl.load(b_ptrs, mask=in_columns[None, :] & (r < in_b)[:, None], other=0.0)
     wait_for_previous(DEPENDENT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     y = _sum(y_ptrs, inside[:, None] & (r < rank)[None, :], split_step, SPLITS)
@@ -259,7 +264,8 @@ def low_rank(
     if not ONE_BLOCK:
         for first in range(BLOCK_R, rank, BLOCK_R):
             in_r = first + r < rank
-            b = tl.load(b_ptrs + first, mask=in_columns[None, :] & in_r[:, None], other=0.0)
+            b_mask = in_columns[None, :] & (first + r < in_b)[:, None]
+            b = tl.load(b_ptrs + first, mask=b_mask, other=0.0)
             y = _sum(y_ptrs + first, inside[:, None] & in_r[None, :], split_step, SPLITS)
             total = dot(round_to(y, dtype) if ROUND == EACH else y, b, total)
     return total
@@ -298,18 +304,21 @@ def expand_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    EARLY_BASE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BATCHED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """out[token] = base[token] + scaling * y[slice, token] @ B[slice, slot of the token].T, slices side by side.
 
-    Programs: tile, block of columns; a block lies in one slice.
+    Programs: tile, block of columns; a block lies in one slice. EARLY_BASE: the base is there before the kernel before
+    this one has ended.
     """
     start_next(DEPENDENT)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -320,6 +329,8 @@ def expand_kernel(
     if IN_PLACE:  # the base of these tokens is what comes out
         idle = idle | (rank == 0)
     if idle:
+        # a kernel that ends before the one before it would let the next one read what is not written yet
+        wait_for_previous(DEPENDENT)
         return
     at = tl.maximum(slot, 0).to(tl.int64)
     if BATCHED:
@@ -333,7 +344,7 @@ def expand_kernel(
             in_columns = within < widths[index]
             column = before + within
             both = inside[:, None] & in_columns[None, :]
-            if HAS_BASE and not DEPENDENT:  # on its way while the rest is read
+            if HAS_BASE and EARLY_BASE:  # on its way while the rest is read
                 base_ptrs = base_ptr + token[:, None] * base_row + column[None, :]
                 base = tl.load(base_ptrs, mask=both, other=0.0)
             product = low_rank(
@@ -353,11 +364,12 @@ def expand_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_R,
+                RANK_STEP,
                 ONE_BLOCK,
                 DEPENDENT,
             )
             if HAS_BASE:
-                if DEPENDENT:
+                if not EARLY_BASE:
                     base_ptrs = base_ptr + token[:, None] * base_row + column[None, :]
                     base = tl.load(base_ptrs, mask=both, other=0.0)
                 wide = to_float32(base)

@@ -61,6 +61,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -109,6 +110,7 @@ def linear_kernel(
                 BLOCK_M,
                 WIDTH,
                 BLOCK_R,
+                RANK_STEP,
                 ONE_BLOCK,
                 DEPENDENT,
             )

@@ -1,12 +1,14 @@
 """Which way of a linear layer with adapters is fastest for how many tokens: measured, never tried out at run time.
 
-| way        | what it is                                                               | kind   |
-| ---------- | ------------------------------------------------------------------------ | ------ |
-| decode CxB | one kernel for few tokens, `csrc/lora_decode.cu`, in tiles of C by 1 / B   | cuda   |
-| prefill    | one kernel for many tokens of one 16-bit adapter, `csrc/lora_prefill.cu`  | cuda   |
-| fused      | the same in Triton, `triton_linear.linear_kernel`                         | triton |
-| apart      | the BLAS, the shrink before it, the expand on what it wrote                | triton |
-| beside     | the same, with the shrink on a stream of its own while the BLAS runs       | triton |
+| way         | what it is                                                                | kind   |
+| ----------- | ------------------------------------------------------------------------- | ------ |
+| decode CxB  | one kernel for few tokens, `csrc/lora_decode.cu`, in tiles of C by 1 / B  | cuda   |
+| prefill     | one kernel for many tokens of one 16-bit adapter, `csrc/lora_prefill.cu`  | cuda   |
+| prefill own | the same with a shrink of its own, for ranks up to 32                     | cuda   |
+| fused       | prefill in Triton, `triton_linear.linear_kernel`                          | triton |
+| apart       | the BLAS, the shrink before it, the expand on what it wrote               | triton |
+| beside      | the same, with the shrink on a stream of its own while the BLAS runs      | triton |
+| after       | the same, with the shrink after the BLAS: the expand starts while it runs | triton |
 
 A decode tile is C columns by one of up to B parts of the channels.
 
@@ -25,7 +27,9 @@ from importlib import resources
 from typing import Any
 
 DECODES = ("decode 64x2", "decode 64x4", "decode 128x2", "decode 128x4")
-WAYS = (*DECODES, "prefill", "fused", "apart", "beside")
+WITH_BLAS = ("apart", "beside", "after")
+CUDA = (*DECODES, "prefill", "prefill own")
+WAYS = (*CUDA, "fused", *WITH_BLAS)
 MAX_FUSED_RANK = (
     64  # above it the tiles of y and B, which its loop over the rank would prefetch, find no room
 )

@@ -23,6 +23,7 @@ from custom_ops.moe import (
     experts_deep_gemm,
     experts_flashinfer,
     experts_grouped_mm,
+    experts_hopper,
     experts_triton,
     parts,
 )
@@ -36,6 +37,7 @@ EXPERTS: tuple[Experts, ...] = (
     *experts_deep_gemm.EXPERTS,
     *experts_grouped_mm.EXPERTS,
     *experts_flashinfer.EXPERTS,
+    *experts_hopper.EXPERTS,
 )
 FAMILIES = tuple(dict.fromkeys(experts.family for experts in EXPERTS))
 TABLE = "fused_moe"

@@ -48,8 +48,8 @@ class Tile:
     tma: read weights (and what `gate_up` wrote) by the tensor memory accelerator where that is possible. roles: by the
     kernel of `gluon_experts` where it takes the problem, which of all this has stages and a band of its own. ahead:
     cache lines of each row of the weight, a power of two, that the first programs ask for in L2 while the kernel before
-    still runs; for where most experts have few pairs, and all wait for memory. next: as many lines, that every program
-    asks for of the one that takes its place on the GPU.
+    still runs; for where most experts have few pairs, and all wait for memory. keep: what is written stays in L2, where
+    the weights that pass through would drive it out before the next kernel reads it; for as much as fits there.
     """
 
     n: int
@@ -62,7 +62,7 @@ class Tile:
     tma: bool = True
     roles: bool = False
     ahead: int = 0
-    next: int = 0
+    keep: bool = False
 
     def within(self, rows: int, itemsize: int, shared_bytes: int) -> Tile:
         """With as few stages as the shared memory asks for; rows: of both operands together."""

@@ -29,7 +29,7 @@ from custom_ops.moe.triton_operands import (
     vector,
     weight_operand,
 )
-from custom_ops.moe.triton_products import activate, ask_for, ask_for_next, contract, finish, place
+from custom_ops.moe.triton_products import activate, ask_for, contract, finish, place
 from custom_ops.platform import on_device
 from custom_ops.quantization.triton_codes import codes_of, magnitude_bits, scale_of
 from custom_ops.scales import as_rows, code_max
@@ -45,7 +45,7 @@ def _gate_up_tile(
     SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] of the activation, for the sorted pairs from `start` on."""
     position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -94,13 +94,14 @@ def _gate_up_tile(
         largest = tl.max(magnitude_bits(out), axis=1)
         scale = scale_of(largest, min_amax, 0.0, T, CODE_MAX, SCALE_MODE, "float32")
         codes = codes_of(out, scale, CODE_MAX, False, CODE_MODE, NATIVE_FP8)
-        tl.store(out_ptrs, tl.reshape(codes, (BLOCK_M, BLOCK_N)), mask=inside)
+        codes = tl.reshape(codes, (BLOCK_M, BLOCK_N))
+        tl.store(out_ptrs, codes, mask=inside, eviction_policy="evict_last" if KEEP else "")
         groups = tl.cdiv(width, 128)
         group = column_tile * GROUPS + tl.arange(0, GROUPS)
         scale_ptrs = out_scale_ptr + (position * groups)[:, None] + group[None, :]
         tl.store(scale_ptrs, tl.reshape(scale, (BLOCK_M, GROUPS)), mask=(group < groups)[None, :])
     else:
-        tl.store(out_ptrs, out, mask=inside)
+        tl.store(out_ptrs, out, mask=inside, eviction_policy="evict_last" if KEEP else "")
 
 
 @triton.jit(do_not_specialize=["blocks", "pairs", "resident"])
@@ -113,12 +114,11 @@ def _gate_up(
     SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr, CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, NEXT: tl.constexpr, LINE: tl.constexpr,
+    AHEAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(width, BLOCK_N)
-    block, column_tile = place(tl.program_id(0), blocks, tiles, BAND)
+    block, column_tile = place(blocks, tl.cdiv(width, BLOCK_N), BAND)
     COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     HALVES: tl.constexpr = 2 if GATE != "relu2" and not INTERLEAVED else 1
     rows = 2 * width if GATE != "relu2" else width
@@ -130,25 +130,12 @@ def _gate_up(
                 likely, first = tl.minimum(block, experts - 1), column_tile * COLUMNS
                 ask_for(ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE)
                 if HALVES == 2:
+                    first += width
                     ask_for(
-                        ahead_ptr,
-                        likely,
-                        width + first,
-                        rows,
-                        K,
-                        w_expert,
-                        w_row,
-                        COLUMNS,
-                        AHEAD,
-                        LINE,
+                        ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
                     )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if NEXT > 0:
-        ask_for_next(
-            ahead_ptr, experts_ptr, tl.program_id(0) + resident, blocks, tiles, rows, K, width, w_expert, w_row,
-            BAND, COLUMNS, HALVES, NEXT, LINE,
-        )  # fmt: skip
     expert = tl.load(experts_ptr + block)
     if expert < 0:
         return
@@ -163,7 +150,7 @@ def _gate_up(
             start, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
-            NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+            NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
         )  # fmt: skip
     elif HALVE:
         _gate_up_tile(
@@ -171,7 +158,8 @@ def _gate_up(
             start, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
-            NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+            NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,
+            TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
         )  # fmt: skip
 
 
@@ -183,7 +171,7 @@ def _down_tile(
     T: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] of the second product, for the sorted pairs from `start` on."""
     position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -210,7 +198,8 @@ def _down_tile(
     column = first + tl.arange(0, BLOCK_N)
     out = finish(sums, scales, biases, column, column < N, T, CHANNEL, BIAS)
     out_ptrs = out_ptr + (pair.to(tl.int64) * N)[:, None] + column[None, :]
-    tl.store(out_ptrs, out, mask=(pair < pairs)[:, None] & (column < N)[None, :])
+    inside = (pair < pairs)[:, None] & (column < N)[None, :]
+    tl.store(out_ptrs, out, mask=inside, eviction_policy="evict_last" if KEEP else "")
 
 
 @triton.jit(do_not_specialize=["blocks", "pairs", "resident"])
@@ -221,36 +210,20 @@ def _down(
     T: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     BAND: tl.constexpr, HALVE: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, NEXT: tl.constexpr, LINE: tl.constexpr,
+    AHEAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(N, BLOCK_N)
-    block, column_tile = place(tl.program_id(0), blocks, tiles, BAND)
+    block, column_tile = place(blocks, tl.cdiv(N, BLOCK_N), BAND)
     if PDL:
         if AHEAD > 0:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
             if tl.program_id(0) < resident:
                 # The index is there: the first product has waited for it, or this kernel would not run yet.
                 known = tl.minimum(tl.maximum(tl.load(experts_ptr + block), 0), experts - 1)
-                ask_for(
-                    ahead_ptr,
-                    known,
-                    column_tile * BLOCK_N,
-                    N,
-                    K,
-                    w_expert,
-                    w_row,
-                    BLOCK_N,
-                    AHEAD,
-                    LINE,
-                )
+                first = column_tile * BLOCK_N
+                ask_for(ahead_ptr, known, first, N, K, w_expert, w_row, BLOCK_N, AHEAD, LINE)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if NEXT > 0:
-        ask_for_next(
-            ahead_ptr, experts_ptr, tl.program_id(0) + resident, blocks, tiles, N, K, 0, w_expert, w_row,
-            BAND, BLOCK_N, 1, NEXT, LINE,
-        )  # fmt: skip
     expert = tl.load(experts_ptr + block)
     if expert < 0:
         return
@@ -265,7 +238,7 @@ def _down(
             start, expert, column_tile, pairs, N, K,
             a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             T, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
-            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
         )  # fmt: skip
     elif HALVE:
         _down_tile(
@@ -273,7 +246,7 @@ def _down(
             start, expert, column_tile, pairs, N, K,
             a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             T, NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,
-            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS,
+            A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
         )  # fmt: skip
 
 

@@ -49,11 +49,11 @@ def constants(
         "SCALED": scaled,
         "CHANNEL": w_scale is not None and not scaled,
         "BIAS": bias is not None,
+        "KEEP": tile.keep,
         "BAND": tile.band,
         "HALVE": tile.halve,
         "PDL": pdl,
         "AHEAD": tile.ahead if asked_for(rows, weight, tile) is not None else 0,
-        "NEXT": tile.next if asked_for(rows, weight, tile) is not None else 0,
         "LINE": 128 // weight.element_size(),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -62,8 +62,8 @@ def constants(
 
 
 def asked_for(rows: Tensor, weight: Tensor, tile: Tile) -> Tensor | None:
-    """The weight whose rows a kernel asks for before it reads them; None where it does not."""
-    asks = (tile.ahead or tile.next) and hopper(rows) and weight.stride(2) == 1
+    """The weight whose rows a kernel asks for before it may run; None where it does not."""
+    asks = tile.ahead and weight_by_descriptor(weight, tile) and not n_inner(weight)
     return pointer(weight) if asks else None
 
 

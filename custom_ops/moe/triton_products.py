@@ -30,10 +30,10 @@ def operand(x, T: tl.constexpr, NATIVE_FP8: tl.constexpr):
 
 
 @triton.jit
-def place(program, blocks, column_tiles, BAND: tl.constexpr):
-    """The block of pairs and the tile of columns of a program: BAND blocks run together through all columns."""
-    band = program // (BAND * column_tiles)
-    in_band = program % (BAND * column_tiles)
+def place(blocks, column_tiles, BAND: tl.constexpr):
+    """The block of pairs and the tile of columns of this program: BAND blocks run together through all columns."""
+    band = tl.program_id(0) // (BAND * column_tiles)
+    in_band = tl.program_id(0) % (BAND * column_tiles)
     height = tl.minimum(blocks - band * BAND, BAND)
     return band * BAND + in_band % height, in_band // height
 
@@ -43,34 +43,22 @@ def ask_for(
     w_ptr, expert, first, N, K, w_expert, w_row,
     COLUMNS: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first cache lines of rows of a weight in L2; LINE: weights to a line."""
+    """Ask for the first cache lines of rows of a weight in L2; LINE: weights to a line.
+
+    Several lines to an instruction: line by line, memory is read in smaller pieces, which costs more than it saves.
+    """
+    PIECE: tl.constexpr = min(LINES, 4)
     row = first + tl.arange(0, COLUMNS)
     row = tl.where(row < N, row, 0).to(tl.int64)
-    at = tl.arange(0, LINES) * LINE
+    at = tl.arange(0, LINES // PIECE) * (PIECE * LINE)
     at = tl.where(at < K, at, 0)
+    size = tl.minimum(K - at, PIECE * LINE) * (128 // LINE) // 16 * 16
     ptrs = w_ptr + expert.to(tl.int64) * w_expert + (row * w_row)[:, None] + at[None, :]
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [ptrs.to(tl.int64), tl.broadcast_to(size[None, :], ptrs.shape)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-def ask_for_next(
-    w_ptr, experts_ptr, program, blocks, tiles, N, K, second, w_expert, w_row,
-    BAND: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
-):  # fmt: skip
-    """Ask for the weights of the program that takes the place of this one on the GPU, so that memory is never without
-    work while a program that begins has asked for nothing yet.
-    """
-    block, column_tile = place(program, blocks, tiles, BAND)
-    if block < blocks:
-        expert = tl.load(experts_ptr + block)
-        if expert >= 0:
-            first = column_tile * COLUMNS
-            ask_for(w_ptr, expert, first, N, K, w_expert, w_row, COLUMNS, LINES, LINE)
-            if HALVES == 2:
-                ask_for(w_ptr, expert, second + first, N, K, w_expert, w_row, COLUMNS, LINES, LINE)
 
 
 @triton.jit

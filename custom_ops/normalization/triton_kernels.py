@@ -83,9 +83,9 @@ def _highest(v, GROUPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scale_row", "scale_group"])
 def _rms_norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, amax_ptr, zero_ptr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, amax_ptr, zero_ptr, kept_ptr,
     size, x_row, residual_row, scale_row, scale_group, eps, min_amax, min_scale,
-    WEIGHT_MODE: tl.constexpr, ADD: tl.constexpr, SCHEME: tl.constexpr,
+    WEIGHT_MODE: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, SCHEME: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ONE_TILE: tl.constexpr,
     SCALE_MODE: tl.constexpr, SCALE_FORMAT: tl.constexpr,
     CODE_MAX: tl.constexpr, INT8: tl.constexpr, CODE_MODE: tl.constexpr, NATIVE_FP8: tl.constexpr,
@@ -95,6 +95,7 @@ def _rms_norm(
     residual_ptr += row * residual_row
     out_ptr += row * size
     residual_out_ptr += row * size
+    kept_ptr += row * size
     T: tl.constexpr = x_ptr.dtype.element_ty
     tile_group = tl.arange(0, GROUPS)
     tile = tile_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -152,6 +153,8 @@ def _rms_norm(
         if ADD:
             tl.store(residual_out_ptr + offsets, x, mask=mask)
         out = _normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE)
+        if KEEP:
+            tl.store(kept_ptr + offsets, out, mask=mask)
         if SCHEME == "plain" or SCHEME == "amax":
             tl.store(out_ptr + offsets, out, mask=mask)
             if SCHEME == "amax":
@@ -203,6 +206,7 @@ def _launch(
     steps: tuple[int, int] = (0, 0),
     amax: Tensor | None = None,
     zero_point: Tensor | None = None,
+    keep: bool = False,
     group_size: int = GROUP,
     min_amax: float = 0.0,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -211,7 +215,7 @@ def _launch(
     scale_mode: str = "divide",
     code_mode: str = "divide",
 ) -> tuple[Tensor, ...]:
-    """Run the kernel over all rows, if there are any; returns the sum, where there is one.
+    """Run the kernel over all rows, if there are any; returns the norm, with `keep`, and the sum, where there is one.
 
     args: those of the op, x first. Takes any row pitch; an input strided along hidden_size is copied.
     """
@@ -219,9 +223,10 @@ def _launch(
     weight, eps = args[1 + adds : 3 + adds]
     rows = as_rows(x)
     residuals = as_rows(args[1]) if adds else rows
+    kept: tuple[Tensor, ...] = (_empty(args),) if keep else ()
     sums: tuple[Tensor, ...] = (_empty(args),) if adds else ()
     if x.numel() == 0:
-        return sums
+        return kept + sums
     size = x.shape[-1]
     tile = max(group_size, min(triton.next_power_of_2(size), MAX_TILE))
     with on_device(x):
@@ -234,6 +239,7 @@ def _launch(
             out if scale is None else scale,
             out if amax is None else amax,
             out if zero_point is None else zero_point,
+            kept[0] if keep else out,
             size,
             rows.stride(0),
             residuals.stride(0),
@@ -243,6 +249,7 @@ def _launch(
             min_scale,
             WEIGHT_MODE=weight_mode,
             ADD=adds,
+            KEEP=keep,
             SCHEME=scheme,
             GROUP=group_size,
             GROUPS=tile // group_size,
@@ -252,7 +259,7 @@ def _launch(
             **code_constants(x, dtype, code_mode),
             num_warps=min(max(tile // 1024, 1), 16),
         )
-    return sums
+    return kept + sums
 
 
 def _empty(args: tuple[Any, ...]) -> Tensor:
@@ -304,9 +311,13 @@ rms_norm_token_quant = partial(_per_token, False)
 rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, False)
 rms_norm_tensor_quant = partial(_per_tensor, False)
 rms_norm_tensor_quant_static = partial(_per_tensor_static, False)
+rms_norm_and_group_quant = partial(_per_group, False, keep=True)
+rms_norm_and_token_quant = partial(_per_token, False, keep=True)
 add_rms_norm = partial(_plain, True)
 add_rms_norm_group_quant = partial(_per_group, True)
 add_rms_norm_token_quant = partial(_per_token, True)
 add_rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, True)
 add_rms_norm_tensor_quant = partial(_per_tensor, True)
 add_rms_norm_tensor_quant_static = partial(_per_tensor_static, True)
+add_rms_norm_and_group_quant = partial(_per_group, True, keep=True)
+add_rms_norm_and_token_quant = partial(_per_token, True, keep=True)

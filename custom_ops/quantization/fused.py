@@ -2,7 +2,8 @@
 
 `fuse(SILU_MUL, TOKEN_QUANT)` declares `silu_mul_token_quant`: its signature, schema, checks, outputs and
 reference all follow from those of `silu_mul` and `token_quant`. The reference is the composition, so
-every rounding of the two ops stands in the fused one.
+every rounding of the two ops stands in the fused one. With `keep=True`, which declares `<producer>_and_<scheme>`, what
+is quantized is an output too.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class Scheme:
     check: Callable[..., None]
 
 
-def fuse(producer: Producer, scheme: Scheme) -> Callable[..., Any]:
+def fuse(producer: Producer, scheme: Scheme, *, keep: bool = False) -> Callable[..., Any]:
     """Declare `<producer>_<scheme>` and return its public function.
 
     Its positional arguments are the producer's and then the scheme's, less the quantized one; its
-    keywords likewise; its outputs are the scheme's and then the producer's residual. Its implementations are
-    the C++ op and the Triton function of its name.
+    keywords likewise; its outputs are the scheme's, with `keep` the producer's result, and then its residual. Its
+    implementations are the C++ op and the Triton function of its name.
     """
-    name = f"{producer.op.name}_{scheme.op.name}"
+    name = f"{producer.op.name}{'_and' if keep else ''}_{scheme.op.name}"
     before, after = _split(producer.op.signature), _split(scheme.op.signature)
     first, quantized = before.positional[0].name, after.positional[0].name
     count = len(before.positional)
@@ -79,19 +80,20 @@ def fuse(producer: Producer, scheme: Scheme) -> Callable[..., Any]:
     def empty(*args: Any, **kwargs: Any) -> Any:
         inputs, _, rest, theirs = halves(args, kwargs)
         outputs = _as_tuple(scheme.op.empty(inputs[0], *rest, **theirs))
-        if producer.residual:
-            x = inputs[0]
+        x = inputs[0]
+        for _ in range(keep + producer.residual):
             outputs += (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def reference(*args: Any, **kwargs: Any) -> Any:
         inputs, ours, rest, theirs = halves(args, kwargs)
         produced, *residual = _as_tuple(producer.op.reference(*inputs, **ours))
-        outputs = _as_tuple(scheme.op.reference(produced, *rest, **theirs)) + tuple(residual)
+        outputs = _as_tuple(scheme.op.reference(produced, *rest, **theirs))
+        outputs += ((produced,) if keep else ()) + tuple(residual)
         return outputs if len(outputs) > 1 else outputs[0]
 
     parameters = [*before.positional, *after.positional[1:], *before.keywords, *after.keywords]
-    returns = len(scheme.op.overload._schema.returns) + producer.residual
+    returns = len(scheme.op.overload._schema.returns) + keep + producer.residual
     signature = inspect.Signature(
         parameters,
         return_annotation=Tensor if returns == 1 else GenericAlias(tuple, (Tensor,) * returns),
@@ -101,16 +103,18 @@ def fuse(producer: Producer, scheme: Scheme) -> Callable[..., Any]:
     public.__name__ = public.__qualname__ = name
     public.__module__ = producer.op.public.__module__
     arguments = ", ".join(p.name for p in [*before.positional, *after.positional[1:]])
-    extra = ", then residual_out" if producer.residual else ""
-    public.__doc__ = f"""`{scheme.op.name}({producer.op.name}(...), ...)` as one op.
+    extra = ", then out" * keep + ", then residual_out" * producer.residual
+    elsewhere = "an output besides" if keep else "read from memory by\n    nothing else"
+    also = ", which also returns what it quantizes" if keep else ""
+    public.__doc__ = f"""`{scheme.op.name}({producer.op.name}(...), ...)` as one op{also}.
 
     {arguments} and the keywords: as in `{producer.op.name}` and `{scheme.op.name}`, whose {quantized} is what
-    `{producer.op.name}` returns, rounded to the dtype of {first} before it is quantized and read from memory by
-    nothing else. Returns what `{scheme.op.name}` does{extra}. Raises ValueError for what either op refuses.
+    `{producer.op.name}` returns, rounded to the dtype of {first} before it is quantized and {elsewhere}.
+    Returns what `{scheme.op.name}` does{extra}. Raises ValueError for what either op refuses.
     """
     op = library.define(
         public,
-        _schema(producer, scheme),
+        _schema(producer, scheme, keep),
         check=check,
         empty=empty,
         reference=reference,
@@ -136,7 +140,7 @@ def _split(signature: inspect.Signature) -> _Parameters:
     return _Parameters([p for p in parameters if p not in keywords], keywords)
 
 
-def _schema(producer: Producer, scheme: Scheme) -> str:
+def _schema(producer: Producer, scheme: Scheme, keep: bool) -> str:
     """The schema text of the fused op, from the texts of the two."""
     texts = []
     for op in (producer.op, scheme.op):
@@ -146,9 +150,12 @@ def _schema(producer: Producer, scheme: Scheme) -> str:
     (inputs, ours, produced), (quantized, theirs, codes) = texts
     _, _, rest = quantized.partition(", ")
     keywords = ", ".join(text for text in (ours, theirs) if text)
+    more = ["Tensor out"] * keep
     if producer.residual:
+        more.append(produced.strip("()").split(", ")[1])
+    if more:
         codes = "Tensor q" if codes == "Tensor" else codes.strip("()")
-        codes = f"({codes}, {produced.strip('()').split(', ')[1]})"
+        codes = f"({', '.join([codes, *more])})"
     return f"({', '.join(text for text in (inputs, rest) if text)}, *, {keywords}) -> {codes}"
 
 

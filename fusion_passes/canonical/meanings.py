@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor as T
 
 import custom_ops
+from fusion_passes import index_map
 from fusion_passes.canonical.asymmetric_quantizations import ASYMMETRIC
 from fusion_passes.canonical.marks import meaning
 from fusion_passes.canonical.quantizations import (
@@ -26,6 +27,8 @@ from fusion_passes.canonical.quantizations import (
     STATIC,
 )
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, Tensor
+from fusion_passes.matching import Match
+from fusion_passes.operations import is_tensor, readers, shape_of
 from fusion_passes.rewriting import Rewrite
 
 
@@ -102,6 +105,11 @@ def _plus_one(x: T, weight: T, eps: float) -> T:
     return (_norm(x, eps) * (1.0 + weight.float())).to(x.dtype)
 
 
+def _unwidened(x: T, eps: float) -> T:
+    """As T5 writes it: the product with the float32 root widens x, which is the same number in float32."""
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
 NORMS = (
     # Llama, Qwen, Mistral: the normalized value is rounded, then multiplied in the activation dtype
     _norm_pattern("rounded", "rounded", _rounded),
@@ -112,7 +120,49 @@ NORMS = (
     _norm_pattern("float32", "float32", _promoted),
     _norm_pattern("float32, cast weight", "float32", _cast),
     _norm_pattern("float32 weight", "float32", _promoted, torch.float32),
+    _norm_pattern(
+        "rounded, not cast",
+        "rounded",
+        lambda x, weight, eps: weight * _unwidened(x, eps).to(x.dtype),
+    ),
+    _norm_pattern(
+        "float32, not cast",
+        "float32",
+        lambda x, weight, eps: (_unwidened(x, eps) * weight).to(x.dtype),
+    ),
 )
+
+
+# F.rms_norm without a weight (nanochat, the value norms of Gemma 4): a meaning of its own, tried after those with one,
+# whose first part it is. Times one is exact in every mode.
+_WEIGHTLESS = tuple(
+    Pattern(
+        lambda x, eps, norm=norm: norm(x, eps).to(x.dtype),
+        {"x": Tensor("num_tokens", "hidden_size"), "eps": Scalar()},
+        {"weight_mode": "rounded"},
+        name,
+    )
+    for name, norm in (("no weight", _norm), ("no weight, not cast", _unwidened))
+)
+
+
+def _has_a_weight(match: Match) -> bool:
+    """Whether what would be a norm without a weight is multiplied by one, in a way that no norm with one has."""
+    (output,) = match.outputs
+    found = list(readers(output))
+    if len(found) != 1 or found[0].target is not torch.ops.aten.mul.Tensor:
+        return False
+    width = match.sizes["hidden_size"]
+    return any(
+        index_map.same_size(index_map.product(shape_of(operand)), width)
+        for operand in filter(is_tensor, found[0].args)
+    )
+
+
+def _rewrite_weightless(m: Rewrite) -> tuple[Any, ...]:
+    x = m.tensor("x")
+    ones = m.full(x, (m.size("hidden_size"),), 1.0)
+    return (m.emit(rms_norm, x, ones, m.match.scalars["eps"], m.constants["weight_mode"]),)
 
 
 def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
@@ -136,6 +186,20 @@ MEANINGS = (
         0,
         patterns=NORMS,
         rewrite=_rewrite_norm,
+        signature="aten.rsqrt.default",
+    ),
+    Fusion(
+        "rms_norm",
+        "RMSNorm without a weight",
+        0,
+        patterns=_WEIGHTLESS,
+        rewrite=_rewrite_weightless,
+        constraints=(
+            Constraint(
+                lambda match: not _has_a_weight(match),
+                lambda match: f"what reads {match.outputs[0].name} multiplies it by a weight",
+            ),
+        ),
         signature="aten.rsqrt.default",
     ),
     Fusion(

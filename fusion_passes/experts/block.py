@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map, verify
-from fusion_passes.experts.activations import GATED, activation_of
+from fusion_passes.experts import combining, misses
+from fusion_passes.experts.activations import activation_of
 from fusion_passes.experts.products import (
     Product,
     Quantized,
@@ -59,6 +60,7 @@ class Block:
     hidden_states: fx.Node | None = None
     down_bias: fx.Node | None = None
     topk_weights: fx.Node | None = None
+    exact_weights: bool = False  # products with them are not rounded to 16 bits
     quantization: Quantized | None = None
     output: fx.Node | None = None
     sizes: dict[str, Size] = field(default_factory=dict)
@@ -78,20 +80,21 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
                 products[node] = product_at(node)
             except Unlike as why:
                 miss(node, why)
-        elif _is_dense(node):
+        elif misses.is_dense(node):
             miss(
                 node,
                 Unlike(node, f"{node.name} gives every expert rows of its own: none is routed"),
             )
+    if not products and not missed:
+        missed += misses.unproductive(fusion, graph)
     by_ids: dict[fx.Node, list[Product]] = {}
     for product in products.values():
         by_ids.setdefault(product.routing.ids, []).append(product)
     for ids, group in by_ids.items():
-        if len(group) % 2:
+        if (separate := misses.separate(group)) is not None or len(group) % 2:
             names = ", ".join(product.node.name for product in group)
-            miss(
-                group[-1].node, Unlike(ids, f"{names} go by the top-k ids {ids.name}: not in pairs")
-            )
+            odd = f"{names} go by the top-k ids {ids.name}: not in pairs"
+            miss(group[-1].node, separate or Unlike(ids, odd))
             continue
         for second in group[1::2]:
             try:
@@ -101,31 +104,33 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     yield from missed
 
 
-def _is_dense(node: fx.Node) -> bool:
-    """Whether a node is the second product of experts that all have the same number of rows."""
-    if node.target is not aten.bmm.default or strip(node.args[1]).op != "placeholder":
-        return False
-    return strip(node.args[0]).target in GATED
-
-
 def _hidden_states(block: Block) -> fx.Node:
     """What the rows of the first product are, each token's once for each of its experts."""
     product, sizes = block.first, block.sizes
     rows = _unmasked(product.rows, product, block.inside)
-    taken = gathered(rows)
+    if product.by_token:
+        whole = index_map.same_size(numel(rows), sizes["num_tokens"] * sizes["hidden_size"])
+        if whole and index_map.same_size(product.by_token, sizes["top_k"]):
+            return rows
+    taken, by_slot = gathered(rows), product.sorted
+    one = index_map.same_size(sizes["top_k"], 1)
+    by = None if taken is None or one else product.routing.read(taken[1])
+    if taken is not None and by == Index("pair", True):  # each token's row repeated, then sorted
+        rows, by_slot = strip(taken[0]), False
+        taken = gathered(rows)
     if taken is not None:
         index = product.routing.read(taken[1])
-        if index == Index("pair", product.sorted):  # with one expert a token, pairs are tokens
-            index = Index("token", product.sorted, 1)
+        if one and index == Index("pair", by_slot):  # with one expert a token, pairs are tokens
+            index = Index("token", by_slot, 1)
         found = shaped(taken[0], sizes["num_tokens"], sizes["hidden_size"])
-        if index is not None and (index.what, index.sorted) == ("token", product.sorted):
+        if index is not None and (index.what, index.sorted) == ("token", by_slot):
             if not index_map.same_size(index.top_k, sizes["top_k"]):
                 raise Unlike(
                     rows, f"{rows.name} has {index.top_k} rows a token, {sizes['top_k']} are summed"
                 )
             if found is not None:
                 return found
-    elif not product.sorted:
+    elif not by_slot:
         repeated = (
             (sizes["num_tokens"], True),
             (sizes["top_k"], False),
@@ -207,13 +212,13 @@ def _with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node,
     return None
 
 
-# ---- after the second product -------------------------------------------------------------------------------------
+# ---- after the second product: see `combining` --------------------------------------------------------------------
 
 
 def _finish(block: Block) -> None:
     """Walk down from the second product to the sum over the experts of a token."""
-    node, by_slot, total = block.second.node, block.second.sorted, None
-    dtype = dtype_of(node)
+    node, by_slot, dtype = block.second.node, block.second.sorted, dtype_of(block.second.node)
+    total: combining.Total | None = None
     while total is None:
         reader = only_reader(node)
         if not any(strip(operand) is strip(node) for operand in reader.all_input_nodes):
@@ -230,83 +235,50 @@ def _finish(block: Block) -> None:
             if not by_slot or block.routing.read(taken[1]) != Index("slot", False):
                 raise Unlike(reader, f"{reader.name} does not put the rows back in order")
             by_slot = False
+        elif by_slot and combining.is_put_back(reader, node, block.second):
+            by_slot = False
         elif reader.target is aten.mul.Tensor and block.topk_weights is None:
-            block.topk_weights = _weights(reader, node, block, by_slot)
+            block.topk_weights = combining.weights(reader, node, block.second, by_slot)
         elif reader.target is CAST and (dtype_of(node), dtype_of(reader)) == (dtype, torch.float32):
             pass  # nothing is lost
-        elif reader.target is aten.sum.dim_IntList:
-            total = reader
+        elif (sum_ := combining.total_at(reader, node, block.second, by_slot)) is not None:
+            if (sum_.weights is None) == (block.topk_weights is None):
+                often = "no" if sum_.weights is None else "more than one"
+                raise Unlike(
+                    reader, f"{reader.name} sums rows that {often} top-k weight was applied to"
+                )
+            if sum_.weights is not None:
+                block.topk_weights, block.exact_weights = sum_.weights, True
+            total = sum_
+            block.inside += sum_.inside
         else:
             raise Unlike(
                 reader,
                 f"{called(reader)} reads the experts' results, where the product with the top-k weights, "
                 "the order of pairs or their sum is expected",
             )
-        block.inside.append(reader)
         node = reader
-    _summed(block, total, by_slot)
+        weighted = total is None and block.topk_weights is not None and not by_slot
+        if weighted and combining.is_one_each(node, block.second):
+            pairs = numel(block.routing.ids)
+            total = combining.Total(node, pairs, 1, block.second.weight.shape[1])
+        if total is None:
+            block.inside.append(node)
+    _measure(block, total)
     # a sum in float32 is rounded once, by the cast that follows
-    output, result = total, dtype_of(total)
-    if result is not dtype:
-        output = _cast_to(total, dtype)
-    block.inside.remove(total)
-    if output is not total:
-        block.inside.append(total)
-    block.output = output
+    block.output = total.node
+    if dtype_of(total.node) is not dtype:
+        block.output = _cast_to(total.node, dtype)
+        block.inside.append(total.node)
 
 
-def _weights(product: fx.Node, node: fx.Node, block: Block, by_slot: bool) -> fx.Node:
-    """The top-k weights, one of each pair in the order of pairs, that a product multiplies rows with."""
-    node, operands = strip(node), [strip(operand) for operand in product.args if is_tensor(operand)]
-    others = [given for given, operand in zip(product.args, operands) if operand is not node]
-    if len(operands) != 2 or len(others) != 1:
-        raise Unlike(product, f"{product.name} does not multiply by the top-k weights")
-    given = others[0]
-    if not index_map.same_size(numel(given), numel(block.routing.ids)) or shape_of(given)[-1] != 1:
-        raise Unlike(
-            product,
-            f"{product.name} multiplies the experts' results by {called(strip(given))}, "
-            "which is not one top-k weight for each pair",
-        )
-    weights = strip(given)
-    spread = index_map.broadcast(shape_of(given), shape_of(product))
-    width = index_map.divide(numel(node), numel(given))
-    if width is None or not index_map.same_map(
-        spread, index_map.collapse([(numel(given), True), (width, False)])
-    ):
-        raise Unlike(product, f"{product.name} does not multiply each row by one weight")
-    promoted = torch.promote_types(dtype_of(block.second.node), dtype_of(weights))
-    if dtype_of(product) is not promoted:
-        raise Unlike(
-            product,
-            f"{product.name} multiplies in {dtype_of(product)} by {dtype_of(weights)} weights",
-        )
-    if not by_slot:
-        return weights
-    taken = gathered(weights)
-    if taken is None or block.routing.read(taken[1]) != Index("pair", True):
-        raise Unlike(product, f"{called(weights)} is not the top-k weights sorted by expert")
-    return strip(taken[0])
-
-
-def _summed(block: Block, total: fx.Node, by_slot: bool) -> None:
-    """The sum is over top_k of [num_tokens, top_k, hidden_size], rows by pair."""
-    source, dims = total.args[0], total.args[1]
-    shape = shape_of(source)
-    if by_slot:
-        raise Unlike(total, f"{total.name} sums rows that are still sorted by expert")
-    if block.topk_weights is None:
-        raise Unlike(total, f"{total.name} sums rows that no top-k weight was applied to")
-    keeps = len(total.args) > 2 and total.args[2]
-    if len(shape) != 3 or [dim % 3 for dim in dims] != [1] or keeps:
-        raise Unlike(total, f"{total.name} does not sum over the experts of a token")
-    if dtype_of(total) not in (torch.float32, dtype_of(block.second.node)):
-        raise Unlike(total, f"{total.name} sums in {dtype_of(total)}")
-    num_tokens, top_k, hidden_size = shape
+def _measure(block: Block, total: combining.Total) -> None:
+    """The sizes of the whole, and whether the weights are of these sizes."""
     experts, features, width = block.first.weight.shape
+    hidden_size = total.hidden_size
     block.sizes = {
-        "num_tokens": num_tokens,
-        "top_k": top_k,
+        "num_tokens": total.num_tokens,
+        "top_k": total.top_k,
         "num_experts": experts,
         "hidden_size": hidden_size,
         "up_features": features,
@@ -318,7 +290,7 @@ def _summed(block: Block, total: fx.Node, by_slot: bool) -> None:
         block.second.weight.shape != expected
     ):
         raise Unlike(
-            total,
+            total.node,
             f"the experts' weights are {block.first.weight.shape} and {block.second.weight.shape}: "
             f"they do not lead from {hidden_size} channels back to as many",
         )
@@ -408,6 +380,7 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
         tolerance=None if block.quantization is None else 2 * verify.ACCUMULATED,
         constants={
             "keywords": keywords,
+            "exact_weights": block.exact_weights,
             "transposed": {"gate_up": first.transposed, "down": second.transposed},
         },
     )

@@ -4,6 +4,7 @@ _grouped_mm(rows, weight [E, in, out], offsets)             rows sorted by exper
 grouped_mm_fallback(rows, weight [E, in, out], offsets)     transformers', where _grouped_mm does not compile
 bmm(weight[ids] [S, out, in], rows [S, in, 1])              one matrix a row, and its transpose
 bmm(rows [S, 1, in], weight[ids] [S, in, out])
+bmm(rows [T, 1, in], weight[ids] as [T, in, K * out])       einsum: a row for each token; and its transpose
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from fusion_passes import index_map
 from fusion_passes.arithmetic import Arithmetic
 from fusion_passes.canonical import quantizations
 from fusion_passes.compiled_pattern import compile_pattern
-from fusion_passes.experts.reading import Unlike, aten, dtype_of, element, gathered, numel, strip
-from fusion_passes.experts.routing import Routing, counted, ids_of
+from fusion_passes.experts.counts import counted
+from fusion_passes.experts.reading import (
+    Unlike,
+    aten,
+    dtype_of,
+    element,
+    gathered,
+    numel,
+    strip,
+    uncast,
+)
+from fusion_passes.experts.routing import Routing, ids_of
 from fusion_passes.fusion import Fusion, Pattern, Tensor
 from fusion_passes.index_map import Size
 from fusion_passes.matching import Match, Matcher
-from fusion_passes.operations import shape_of
+from fusion_passes.operations import is_tensor, shape_of
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -51,7 +62,8 @@ class Weight:
 class Product:
     """``node`` [S, out] is each row of ``rows`` [S, in] times the weight of its expert.
 
-    sorted: rows come by slot, not by pair.
+    sorted: rows come by slot, not by pair. by_token: how many matrices multiply each row, where there is one row for
+    each token, and ``node`` has their results one after the other; None: one.
     """
 
     node: fx.Node
@@ -59,6 +71,7 @@ class Product:
     weight: Weight
     routing: Routing
     sorted: bool
+    by_token: Size | None = None
 
     @property
     def copies_weights(self) -> bool:
@@ -95,7 +108,16 @@ def _grouped(node: fx.Node) -> Product:
     experts = shape_of(weight)[0]
     ids = counted(offsets, experts)
     if ids is None:
-        raise Unlike(offsets, f"{offsets.name} is not the number of pairs of each expert, added up")
+        outside = uncast(offsets).op == "placeholder"
+        raise Unlike(
+            offsets,
+            f"{offsets.name} is not the number of pairs of each expert, added up"
+            + (
+                ": it is computed outside of this graph, perhaps where the graph breaks"
+                if outside
+                else ""
+            ),
+        )
     return Product(node, strip(rows), _weight(weight, transposed=True), Routing(ids, experts), True)
 
 
@@ -114,7 +136,12 @@ def _batched(node: fx.Node) -> Product:
         # of matrix @ row it is [S, out, in] already, of row @ matrix [S, in, out]
         transposed ^= position == 1
         rows = strip(node.args[other])
-        return Product(node, rows, _weight(weight, transposed), routing, read.sorted)
+        inner = shape_of(weight)[1 if transposed else 2]
+        if not index_map.same_size(shape_of(node.args[other])[2 if other == 0 else 1], inner):
+            raise Unlike(node, f"{node.name} does not multiply rows of {inner} channels")
+        batch, pairs = shape_of(node)[0], numel(index)
+        each = None if index_map.same_size(batch, pairs) else index_map.divide(pairs, batch)
+        return Product(node, rows, _weight(weight, transposed), routing, read.sorted, each)
     raise AssertionError("not an expert product")
 
 
@@ -122,9 +149,22 @@ def _gathered_matrices(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """(weight, index, whether the result is transposed) where a node is a matrix for each row."""
     node, transposed = _untransposed(node)
     taken = gathered(node)
+    if taken is None and (turned := _inner_first(node)) is not None:
+        taken, transposed = gathered(turned), not transposed
     if taken is None or len(shape_of(taken[0])) != 3:
         return None
     return *taken, transposed
+
+
+def _inner_first(node: fx.Node) -> fx.Node | None:
+    """[..., out, in] where a node is [..., in, ..., out] of it: the matrices of a token beside each other."""
+    if node.target is not aten.permute.default:
+        return None
+    shape = shape_of(node.args[0])
+    last = len(shape) - 1
+    moved = [dim % len(shape) for dim in node.args[1] if shape[dim] != 1]
+    rest = [dim for dim in moved if dim != last]
+    return node.args[0] if rest == sorted(rest) and moved[-1:] != [last] else None
 
 
 def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -137,11 +177,13 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 
 def _transpose_of(node: fx.Node) -> fx.Node | None:
-    if node.op != "call_function" or len(shape_of(node) if "val" in node.meta else ()) != 3:
+    rank = len(shape_of(node)) if node.op == "call_function" and is_tensor(node) else 0
+    if rank < 3:
         return None
-    if node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]:
+    last = [*range(rank - 2), rank - 1, rank - 2]
+    if node.target is aten.permute.default and [d % rank for d in node.args[1]] == last:
         return node.args[0]
-    if node.target is aten.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}:
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == set(last[-2:]):
         return node.args[0]
     return None
 

@@ -50,6 +50,7 @@ from fusion_passes.operations import is_tensor, module_path, readers, shape_of
 from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss
 
+OPS = ("topk_softmax", "topk_sigmoid", "grouped_topk")
 MAX_EXPERTS = 1024
 """A top-k over more is no router but a sampler."""
 
@@ -97,6 +98,24 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
         if ids not in found and element(ids) is None:
             reason = f"the top-k ids are made by {called(ids)}, where topk is expected"
             yield NearMiss(fusion.name, module, ids.name, reason)
+
+
+def chosen_anywhere(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(router, ids) of every router of a graph, whether it is an op already or the nodes that one stands for."""
+    ops = {getattr(torch.ops.custom_ops, name).default for name in OPS}
+    for node in graph.nodes:
+        ids = next((user for user in node.users if element(user) == (node, 1)), None)
+        if ids is None or not is_tensor(ids):
+            continue
+        if node.target in ops:
+            yield node, ids
+        elif node.target is TOPK:
+            try:
+                router = _router(node, ids)
+            except Unlike:
+                continue
+            if _is_few(router.num_experts):
+                yield node, ids
 
 
 def _is_few(experts: Size) -> bool:

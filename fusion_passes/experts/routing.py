@@ -10,7 +10,6 @@ order that they come in (by pair, or by slot, which is *sorted*).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -150,25 +149,3 @@ def ids_of(node: fx.Node, num_experts: int) -> fx.Node | None:
         return ids_of(taken[0], num_experts)
     integer = is_tensor(node) and node.meta["val"].dtype in (torch.int32, torch.int64)
     return node if integer else None
-
-
-def counted(offsets: fx.Node, num_experts: int) -> fx.Node | None:
-    """The top-k ids whose number per expert, added up, are the offsets of a grouped product."""
-    sums = uncast(offsets)
-    if sums.target is not aten.cumsum.default or sums.args[1] not in (0, -1):
-        return None
-    counts = uncast(sums.args[0])
-    if counts.target is aten.histc.default:
-        given: tuple[Any, ...] = (*counts.args[1:], *(100, 0, 0)[len(counts.args) - 1 :])
-        bins, low, high = given
-        if (bins, number(low), number(high)) != (num_experts, 0, num_experts - 1):
-            return None
-    elif counts.target is aten.bincount.default:
-        if counts.kwargs.get("minlength", counts.args[-1]) != num_experts:
-            return None
-    else:
-        return None
-    ids = ids_of(counts.args[0], num_experts)
-    # in whichever order, but all of them
-    read = None if ids is None else Routing(ids, num_experts).read(counts.args[0])
-    return ids if read is not None and read.what == "expert" else None

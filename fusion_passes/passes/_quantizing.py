@@ -3,8 +3,9 @@
     quantize(produce(inputs))   ->   <producer>_<scheme>(inputs)
 
 A pair is one file, one fusion, one toggle; this module says what a producer and what a scheme is. The output of the
-producer must have no other reader: it is never written. The quantization stands in the graph with the arithmetic that
-the user's code has, and goes into the op with it.
+producer must have no other reader: it is never written. But for a norm with a scheme of KEPT: where others read what
+it returns too (an adapter, a router), the op is `<producer>_and_<scheme>`, which has it as an output more. The
+quantization stands in the graph with the arithmetic that the user's code has, and goes into the op with it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from fusion_passes.arithmetic import MAX
 from fusion_passes.canonical import asymmetric_quantizations, meanings
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.matching import Match
-from fusion_passes.operations import readers
+from fusion_passes.operations import escapes, readers
 from fusion_passes.rewriting import Rewrite
 
 FP8 = torch.float8_e4m3fn
+KEPT = ("group_quant", "token_quant")
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,21 @@ def _patterns(producer: Producer, scheme: Scheme, name: str) -> list[Pattern]:
             made = produce(*(values[name] for name in producer.arguments))
             value, *residual = made if isinstance(made, tuple) else (made,)
             rest = {key: values[key] for key in scheme.inputs}
-            return *scheme.quantize(value, **rest), *residual
+            kept = (value,) if _keeps(producer, scheme) else ()
+            return *scheme.quantize(value, **rest), *kept, *residual
 
         patterns.append(Pattern(fn, inputs, constants, _label(name, constants, weight_dtype)))
     return patterns
+
+
+def _keeps(producer: Producer, scheme: Scheme) -> bool:
+    """Whether what is quantized may be an output besides."""
+    return producer.weight and scheme.name in KEPT
+
+
+def _read_elsewhere(match: Match, value: fx.Node) -> bool:
+    others = [output for output in match.outputs if output is not value]
+    return any(node is value for node, _ in escapes(match.nodes.values(), others))
 
 
 def _rewrite(m: Rewrite, producer: Producer, scheme: Scheme, name: str) -> tuple[fx.Node, ...]:
@@ -164,9 +177,17 @@ def _rewrite(m: Rewrite, producer: Producer, scheme: Scheme, name: str) -> tuple
     arithmetic = m.match.arithmetic
     assert arithmetic is not None
     keywords = dict(m.constants) | scheme.keywords(m) | arithmetic.arguments(*scheme.rounding)
+    value = m.match.outputs[scheme.outputs] if _keeps(producer, scheme) else None
+    kept = value is not None and _read_elsewhere(m.match, value)
+    if kept:
+        name = f"{producer.name}_and_{scheme.name}"
     node = m.call(name, *_arguments(m, producer), *rest, **keywords)
-    count = scheme.outputs + producer.residual
-    return m.outputs_of(node, count) if count > 1 else (node,)
+    count = scheme.outputs + kept + producer.residual
+    made = m.outputs_of(node, count) if count > 1 else (node,)
+    if value is None or kept:
+        return made
+    # nobody reads it: it stays what it is, for the pass to erase
+    return (*made[: scheme.outputs], value, *made[scheme.outputs :])
 
 
 def scale_layout(match: Match) -> str:

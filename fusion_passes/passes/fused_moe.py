@@ -36,13 +36,16 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
         else inputs[name]
         for name in ("gate_up", "down")
     ]
+    topk_weights = inputs["topk_weights"]
+    if constants["exact_weights"] and topk_weights.meta["val"].dtype is not torch.float32:
+        topk_weights = m.cast(topk_weights, torch.float32)
     optional = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
     return (
         m.call(
             "fused_moe",
             m.view(inputs["hidden_states"], (tokens, hidden_size)),
             *weights,
-            m.view(inputs["topk_weights"], (tokens, top_k)),
+            m.view(topk_weights, (tokens, top_k)),
             m.view(inputs["topk_ids"], (tokens, top_k)),
             **constants["keywords"],
             **{name: inputs[name] for name in optional if name in inputs},

@@ -12,7 +12,12 @@ largest: what that adds to the others is left from an adapter before, and `lora_
 
     ->   lora_linears_single(x, [w_q, w_k], [None, None], [a_q, a_k], [b_q, b_k], [s, s])
 
-These are what `lora_linear` makes of PEFT's layers, where their adapters have one rank and one dtype.
+These are what `lora_linear` makes of PEFT's layers, where their adapters have one rank and one dtype. Over linears
+that are no plain ones:
+
+    lora_add_single(x, q, a_q, b_q, s), lora_add_single(x, k, a_k, b_k, s)
+
+    ->   y = lora_shrink_single(x, [a_q, a_k]); lora_expand_single(y[0], q, b_q, s), lora_expand_single(y[1], k, b_k, s)
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ aten = torch.ops.aten
 def _transform(graph: fx.Graph) -> Iterator[Site]:
     yield from _batches(graph)
     yield from _singles(graph)
+    yield from _added_singles(graph)
 
 
 def _batches(graph: fx.Graph) -> Iterator[Site]:
@@ -98,6 +104,36 @@ def _merge_singles(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
     for node, output in zip(nodes, outputs, strict=True):
         node.replace_all_uses_with(output)
         graph.erase_node(node)
+    yield from _sites(graph, x, nodes)
+
+
+def _added_singles(graph: fx.Graph) -> Iterator[Site]:
+    groups: dict[Any, list[fx.Node]] = {}
+    target = custom_ops.ops()["lora_add_single"].overload
+    for node in graph.find_nodes(op="call_function", target=target):
+        x, _, a, _, _ = node.args
+        groups.setdefault((x, shape_of(a)[0], a.meta["val"].dtype), []).append(node)
+    for nodes in groups.values():
+        # the bases may be made later: only the shrink moves up to where the first of them is
+        together = [node for node in nodes if node.args[2] < nodes[0]]
+        if len(together) > 1:
+            yield from _merge_added_singles(graph, together)
+
+
+def _merge_added_singles(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
+    shrink, expand = (
+        custom_ops.ops()[name].overload for name in ("lora_shrink_single", "lora_expand_single")
+    )
+    x = nodes[0].args[0]
+    with torch_internals.fake_mode_of(graph):
+        with graph.inserting_before(nodes[0]):
+            y = _call(nodes[0], shrink, x, [node.args[2] for node in nodes])
+        for index, node in enumerate(nodes):
+            _, base, _, b, scaling = node.args
+            with graph.inserting_before(node):
+                part = _call(node, aten.select.int, y, 0, index)
+                node.replace_all_uses_with(_call(node, expand, part, base, b, scaling))
+            graph.erase_node(node)
     yield from _sites(graph, x, nodes)
 
 

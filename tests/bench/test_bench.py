@@ -250,6 +250,18 @@ def test_a_fusion_that_failed_is_off():
     assert verdict["why"] == "group_quant(tokens=16) was not measured"
 
 
+def test_rows_without_stock_say_nothing_of_being_ahead():
+    alone = row_of("group_quant", 16, 1.0, 2.0)
+    alone.warm_us = {"plugin": 1.0}
+    alone.ratios = {}
+    assert tuning.verdict("group_quant", [row_of("group_quant", 1, 1.0, 2.0), alone])["on"]
+    assert tuning.verdict("group_quant", [alone]) == {
+        "on": False,
+        "why": "not measured",
+        "rows": [],
+    }
+
+
 def test_a_table_is_read_by_the_plugin(tmp_path, monkeypatch):
     from fusion_passes import tables
 

@@ -9,10 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 from bench import moe as mixtures
-from bench import moe_blocks, tuning
+from bench import moe_blocks, moe_report, tuning
 from bench.__main__ import app
 from bench.case import close
-from bench.results import Row, Run
+from bench.moe_shared import WAYS
+from bench.readme import table
+from bench.results import ROOT, Row, Run
 from bench.suites import moe
 from bench.timer import HostTimer
 from custom_ops.moe import choice
@@ -197,6 +199,19 @@ def test_tune_knows_its_families():
     assert "no family" in result.output
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_drawn_tokens_hit_as_many_experts_as_the_mean(name):
+    model = MODELS[name]
+    module = moe.block(model, "bf16", CPU)
+    rows = moe.draw(model, 3, CPU)
+    facts = moe.drawn(module, rows.unsqueeze(0), model, "bf16")
+    assert abs(facts["experts_hit"] - moe.expected_hits(model, 3)) <= 0.5
+    counts = moe.hit(model, moe.route(model, module, rows)[1])
+    assert facts["experts_hit"] == sum(count > 0 for count in counts)
+    moved, flops = moe.least(model, "bf16", 3, counts)
+    assert facts["floor_us"] == moe.floor_us(moved, flops, "bf16")
+
+
 # --- whole blocks of every model ----------------------------------------------------------------------------------
 
 
@@ -220,9 +235,33 @@ def test_the_table_of_blocks_has_every_model_and_number_of_tokens():
 def test_the_table_of_blocks_says_what_failed():
     sizes = {"tokens": 1}
     row = Row("moe_block_mixtral_8x7b_bf16", sizes, warm_us={"plugin": 50.0, "inductor": 100.0})
+    row.ratios |= {"experts_hit": 2.0, "floor_us": 40.0}
     broken = Row("moe_block_mixtral_8x7b_fp8_block", sizes, warm_us={"by_hand_bf16": 50.0})
     broken.errors["plugin"] = "RuntimeError: no"
     cells = [list(column.cells) for column in moe_blocks.table([row, broken]).columns]
     assert cells[0] == ["mixtral_8x7b_bf16", "mixtral_8x7b_fp8_block"]
     assert cells[3] == ["50.0", "RuntimeError: no"]
     assert cells[4] == ["2.00", ""]
+    assert cells[6:] == [["2", ""], ["40.0", ""], ["0.80", ""]]
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_what_was_measured():
+    times = dict.fromkeys((*mixtures.PARTS, "block"), 10.0)
+    ratios = {"floor_us": 5.0, "of_floor": 0.5, "align_and_permute": 0.2, "experts_hit": 7.0}
+    parts = Row("moe_profile_mixtral_8x7b_bf16", {"tokens": 64}, warm_us=times, ratios=ratios)
+    parts.fired = {"triton": 1}
+    peak = Row("moe_memory_mixtral_8x7b_bf16", {"tokens": 65536, "chunk": 4096})
+    peak.ratios = {"peak_mib": 900.0, "output_mib": 512.0, "declared_mib": 1000.0}
+    beside = Row("moe_shared_glm_4_5_air", {"tokens": 1}, warm_us=dict.fromkeys(WAYS, 3.0))
+    beside.ratios = {"beside": 1.25}
+    folder = ROOT / "bench" / "results" / "plots"
+    text = "\n".join(moe_report.section("a GPU", [parts, peak, beside], folder, table))
+    assert "| `mixtral_8x7b_bf16` | 64 | `triton` | 10.0 |" in text
+    assert "| 5.0 | 0.50 | 20% | 7 |" in text
+    assert "bench/results/plots/moe-profile-mixtral-8x7b-bf16-a-gpu.png" in text
+    assert "| `mixtral_8x7b_bf16` | 65536 | 4096 | 900 | 512 |" in text
+    assert "| `glm_4_5_air` | 1 | 3.0 | 3.0 | 3.0 | 3.0 | 1.25 |" in text
+    assert moe_report.section("a GPU", [], folder, table) == []

@@ -36,6 +36,8 @@ GATES = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu")
 NORMS = ("rms_norm", "add_rms_norm")
 PRODUCERS = (*GATES, *NORMS)
 PAIRS = [(producer, scheme) for producer in PRODUCERS for scheme in (*SCHEMES, ASYMMETRIC)]
+KEPT = [(producer, scheme) for producer in NORMS for scheme in ("group_quant", "token_quant")]
+"""Of which there is `<producer>_and_<scheme>` too."""
 WEIGHT_MODES = ("rounded", "float32", "float32_plus_one")
 # An implementation to hold against the reference.
 KERNELS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of few elements, which take a way of their own: gates alone, and quantization by a given scale.
+"""The CUDA C++ kernels of few elements, which take a way of their own: gates alone, and quantization.
 
 The same values one element further in memory are misaligned, and take the other way, as do more elements than few.
 """
@@ -91,6 +91,45 @@ def test_a_given_scale(rows, cols, scale, dtype, codes, code_mode, seed) -> None
     run = kernel("tensor_quant_static", "cuda")
     for way in (x, shifted(x)):
         assert_same_bits(run(way, given_scale, **options), want)
+
+
+@given(
+    rows=st.sampled_from((1, 2, 3, 16, 64, 256, 257)),
+    cols=st.sampled_from((8, 16, 24, 104, 128, 520, 1000, 1024, 2048, 8192, 8200)),
+    scale_mode=st.sampled_from(("divide", "divide_input")),
+    min_amax=st.sampled_from((0.0, 1e-10)),
+    dtype=dtypes,
+    codes=st.sampled_from(CODE_DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_few_tokens(rows, cols, scale_mode, min_amax, dtype, codes, seed) -> None:
+    """Rows of a vector a thread, several to a warp or several warps to a row; and rows too many or too long for it."""
+    x = values(seed, rows, cols, dtype=dtype)
+    x[::2] = x[::2].nan_to_num(0.0, 1.0, -1.0)  # a special value makes a whole row special
+    options = {"scale_mode": scale_mode, "min_amax": min_amax, "dtype": codes}
+    want = reference("token_quant", x, **options)
+    run = kernel("token_quant", "cuda")
+    for way in (x, shifted(x)):
+        assert_same_bits(run(way, **options), want)
+
+
+@given(
+    rows=st.sampled_from((1, 2, 16, 64, 129, 1031)),
+    cols=st.sampled_from((128, 384, 1024, 2048, 4224)),
+    layout=st.sampled_from(("row_major", "column_major", "column_major_tma")),
+    dtype=dtypes,
+    codes=st.sampled_from(CODE_DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_groups_by_the_usual_rules(rows, cols, layout, dtype, codes, seed) -> None:
+    """float8 and int8 have kernels that know their rule; one with a bound on the scale is any rule's."""
+    x = values(seed, rows, cols, dtype=dtype)
+    run = kernel("group_quant", "cuda")
+    for min_scale in (0.0, 1e-6):
+        options = {"scale_layout": layout, "dtype": codes, "min_scale": min_scale}
+        want = reference("group_quant", x, 128, **options)
+        for way in (x, shifted(x)):
+            assert_same_bits(run(way, 128, **options), want)
 
 
 @pytest.mark.parametrize("codes", CODE_DTYPES)

@@ -630,6 +630,21 @@ def test_schemes_of_more_than_2_to_the_31_elements(ops, scheme: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", CODE_DTYPES)
+def test_blocks_of_more_than_2_to_the_31_elements(ops, dtype: torch.dtype) -> None:
+    """The last row is a block row of its own, as 2^31 elements are a whole number of them."""
+    run = kernel("block_quant", "cuda")
+    cols = 8192
+    x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
+    x.view(torch.int16).random_(0x3C00, 0x4100)
+    got = [t[-1:] for t in outputs(run(x, dtype=dtype))]
+    assert_same_bits(got, outputs(reference("block_quant", x[-1:].clone(), dtype=dtype)))
+    odd = torch.as_strided(x.view(-1), (x.shape[0], cols - 1), x.stride(), 1)  # no vectors
+    got = [t[-1:] for t in outputs(run(odd, dtype=dtype))]
+    assert_same_bits(got, outputs(reference("block_quant", odd[-1:].clone(), dtype=dtype)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("producer", GATES)
 def test_gates_of_more_than_2_to_the_31_elements(ops, producer: str) -> None:
     cols = 8192

@@ -9,7 +9,7 @@ import custom_ops
 from custom_ops import library, platform
 from custom_ops.gemm import deep_gemm, preferred_scale_layout
 from tests.custom_ops.helpers import DEVICE, bf16, fake_mode, fp8
-from tests.custom_ops.schemes import PAIRS, PRODUCERS, SCHEMES
+from tests.custom_ops.schemes import KEPT, PAIRS, PRODUCERS, SCHEMES
 
 NAMES = {
     "block_scaled_mm",
@@ -32,6 +32,7 @@ NAMES = {
     "ep_combine",
     "ep_dispatch_low_latency",
     "ep_combine_low_latency",
+    "ep_fused_moe",
     "lora_shrink",
     "lora_expand",
     "lora_linear",
@@ -39,9 +40,12 @@ NAMES = {
     "lora_linear_single",
     "lora_add_single",
     "lora_linears_single",
+    "lora_shrink_single",
+    "lora_expand_single",
     *SCHEMES,
     *PRODUCERS,
     *(f"{producer}_{scheme}" for producer, scheme in PAIRS),
+    *(f"{producer}_and_{scheme}" for producer, scheme in KEPT),
 }
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a GPU")
 

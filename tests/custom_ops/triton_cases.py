@@ -48,7 +48,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True, database=None
 
 class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
         loaded.append(name)

@@ -102,9 +102,11 @@ def reciprocal_norm_used_twice(x, weight):
     return weight * (h * scale).to(x.dtype), scale
 
 
-def quantized_and_used(x, weight):
+def by_tensor_and_used(x, weight):
     h = llama_norm(x, weight)
-    return *quantize(h), h
+    amax = h.float().abs().amax().clamp(min=1e-10)
+    scale = amax / 448.0
+    return codes(h.float() / scale), scale, h
 
 
 def eps_rounded_to_16_bits(x, weight, eps):
@@ -134,13 +136,13 @@ CASES = [
     Case("mean over tokens", lambda x, w: w * normed(x, 0).to(x.dtype), (X, W), missed=NORM, words=("6", "256")),
     Case("mean over tokens, square", lambda x, w: w * normed(x, 0).to(x.dtype), (random(256, 256), W), missed=NORM),
     Case("mean over everything", lambda x, w: w * normed(x, (-2, -1)).to(x.dtype), (X, W), missed=NORM),
-    Case("weight per token", lambda x, w: w * normed(x).to(x.dtype), (X, random(6, 1)), missed=NORM, words=("weight",)),
-    Case("weight per element", lambda x, w: w * normed(x).to(x.dtype), (X, OTHER), missed=NORM, words=("weight",)),
+    Case("weight per token", lambda x, w: w * normed(x).to(x.dtype), (X, random(6, 1)), (NORM,)),  # one without a weight
+    Case("weight per element", lambda x, w: w * normed(x).to(x.dtype), (X, OTHER), (NORM,)),
     Case("variance in bf16", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)), (X, W)),
     Case("rms used elsewhere", reciprocal_norm_used_twice, (X, W), missed=NORM, words=("rsqrt", "also used")),
     Case("eps rounded to bf16 is that eps", eps_rounded_to_16_bits, (X, W, torch.tensor(0.1237).double()), (NORM,)),
     Case("norm not rounded before quantization", lambda x, w: quantize(normed(x) * w), (X, W), missed=NORM),
-    Case("norm used elsewhere", quantized_and_used, (X, W), (QUANT, NORM), "rms_norm_group_quant", ("also used by",)),
+    Case("norm used elsewhere", by_tensor_and_used, (X, W), ("tensor_quant", NORM), f"{NORM}_tensor_quant", ("also",)),
     Case("sum not rounded", sum_in_float32, (X, OTHER, W), missed=NORM, words=("add",)),
     Case("scaled residual", lambda x, r, w: llama_norm(torch.add(x, r, alpha=2), w), (X, OTHER, W), fires=(NORM,)),
     Case("a bias is no residual", lambda x, b, w: llama_norm(x + b, w), (X, W, W), fires=(NORM,)),

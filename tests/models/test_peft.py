@@ -102,6 +102,11 @@ def test_over_block_fp8_linears(adapter: str, order: str) -> None:
     matches, linears = result.report.matches, 7 * LAYERS
     assert matches["lora_linear"] == matches["block_scaled_linear"] == linears, result.report
     assert matches["shared_group_quant"] == fp8_matches(LAYERS)["shared_group_quant"]
+    # the base reads what a norm returns in FP8, the adapter as it is: one kernel makes both
+    assert matches["add_rms_norm_group_quant"] == 2 * LAYERS - 1
+    assert matches["rms_norm_group_quant"] == 1
+    kept = [s for s in result.report.sites if s.fusion.endswith("rms_norm_group_quant")]
+    assert all("rms_norm_and_group_quant" in s.implementations[0] for s in kept)
     assert set(implementations(result.report)) == {"lora_add_single:reference"}
     (eager,), (actual,), (judge,) = result.expected, result.actual, result.judge
     ours, eagers = (

@@ -82,6 +82,29 @@ def test_nothing_is_written_past_the_count(which, scale_format, monkeypatch):
             assert (rest.view(torch.uint8) == 0x5A).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """gate_up and the codes: the last valid row of the last expert, past the reach of 32-bit offsets in both."""
+    run = kernel(NAME, "cuda")
+    width, tokens = 8192, 2**31 // (2 * 8192) + 3
+    x = torch.empty(2, tokens, 2 * width, device="cuda", dtype=torch.bfloat16)
+    x.view(torch.int16).random_(0x3C00, 0x4100)
+    counts = torch.tensor([5, tokens - 1], dtype=torch.int32, device="cuda")
+    result = run(x, counts, 128)
+    alone = implementation("silu_mul_group_quant", "cuda")
+    gate, up = x[1, tokens - 4 : tokens - 1].chunk(2, -1)
+    want = alone(gate.contiguous(), up.contiguous(), 128)
+    assert result[0].numel() > 2**31
+    assert_same_bits(
+        [
+            t[1, tokens - 4 : tokens - 1].clone(memory_format=torch.contiguous_format)
+            for t in result
+        ],
+        [t.contiguous() for t in want],
+    )
+
+
 def test_strides_are_those_of_deep_gemm():
     """[experts, tokens, groups], each expert transposed, its pitch rounded up to 16 bytes."""
     x, counts = bf16(3, 6, 2 * 384, device=DEVICE), torch.full((3,), 6, dtype=torch.int32)

@@ -195,6 +195,7 @@ class Buffer:
             ids, weights = _more(ids, more, -1), _more(weights, more, torch.nan)
             arrived = _more(arrived.unsqueeze(1), more, -9).flatten()
         prefix = torch.stack([other["goes"].sum(0) for other in everyone]).cumsum(0).int()
+        prefix[:, torch.arange(self.group_size) != self.rank] = -5  # as its buffer happens to be
         recv_starts = torch.stack([other["starts"][self.rank] for other in everyone])
         own_starts = torch.zeros_like(starts)
         to = x.device

@@ -182,12 +182,13 @@ def check(
 
     owners = torch.where((ids >= 0) & (ids < case.experts), ids // local, ranks)
     goes = torch.stack([(owners == r).any(1) for r in range(ranks)], 1)
-    whole = (handle[0], handle[1][:arrived], *handle[2:])
-    if elastic:
-        whole = (*whole[:2], whole[2][:, rank].contiguous())
-    for actual, wanted in zip(whole, expect_handle(case, rank), strict=not elastic):
-        own = wanted[:, rank] if elastic and wanted.shape == (ranks, ranks) else wanted
-        assert_same(actual, own if actual.dim() == 1 else wanted)
+    sent, sources, sent_to, channels = expect_handle(case, rank)
+    assert_same(handle[0], sent)
+    assert_same(handle[1][:arrived], sources)
+    assert handle[2].shape == sent_to.shape
+    assert_same(handle[2][:, rank].contiguous(), sent_to[:, rank])
+    if not elastic:
+        assert_same(handle[3], channels)
     before = [tensor.clone() for tensor in handle]
 
     dtype = (

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import custom_ops
@@ -22,15 +22,16 @@ on_hopper = pytest.mark.skipif(
 )
 # three blocks share a tile where a GPU does not hold so many clusters of four
 DECODES = (*ways.DECODES, "decode 128x3")
-SINGLE_WAYS = (*DECODES, "prefill", "fused", "apart", "beside")
-BATCH_WAYS = (*DECODES, "apart", "beside")
-LIBRARY = ("apart", "beside")  # the ways whose base the BLAS makes
+PREFILLS = ("prefill", "prefill own")
+SINGLE_WAYS = (*DECODES, *PREFILLS, "fused", *ways.WITH_BLAS)
+BATCH_WAYS = (*DECODES, *ways.WITH_BLAS)
+LIBRARY = ways.WITH_BLAS  # the ways whose base the BLAS makes
 
 
 @functools.cache
 def runner(kind: str, way: str):
     """The function that takes a way by its name."""
-    if way in (*DECODES, "prefill"):
+    if way in (*DECODES, *PREFILLS):
         run = hopper.load_single() if kind == "single" else hopper.load_batch()
     else:
         run = linear.lora_linear_single if kind == "single" else linear.lora_linear
@@ -85,14 +86,43 @@ def test_single_in_the_decode_kernel(way, call):
 
 
 @on_hopper
+@pytest.mark.parametrize("way", PREFILLS)
 @given(call=single_calls(floats=(False,)))
 @settings(max_examples=20)
-def test_single_in_the_prefill_kernel(call):
-    assert_single("prefill", call)
+def test_single_in_the_prefill_kernel(way, call):
+    assume(way == "prefill" or call.a.shape[0] <= hopper.MAX_PREFILL_OWN_RANK)
+    assert_single(way, call)
 
 
 @on_hopper
-@pytest.mark.parametrize("way", ["fused", "apart", "beside"])
+@pytest.mark.parametrize("way", PREFILLS)
+@pytest.mark.parametrize(("tokens", "columns", "rank"), [(2300, 4096, 16), (8192, 1032, 32)])
+def test_more_tiles_than_multiprocessors(way, tokens, columns, rank):
+    """Blocks take tile after tile, and wait for what others have made of the tokens; twice in one graph."""
+    dtype, channels = torch.bfloat16, 512
+    call = Single(
+        normal(1, (tokens, channels), dtype),
+        normal(2, (columns, channels), dtype),
+        normal(3, (columns,), dtype),
+        normal(4, (rank, channels), dtype),
+        normal(5, (columns, rank), dtype),
+        0.7,
+    )
+    assert_single(way, call)
+    first = runner("single", way)(*call.args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [runner("single", way)(*call.args) for _ in range(2)]
+    for _ in range(3):
+        for out in outs:
+            out.zero_()
+        graph.replay()
+        for out in outs:
+            assert torch.equal(out, first)
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ["fused", *ways.WITH_BLAS])
 @given(call=single_calls())
 @settings(max_examples=3)  # Triton compiles a kernel for most of them
 def test_single_in_triton(way, call):
@@ -169,7 +199,7 @@ def test_batch_in_the_decode_kernel(way, call):
 
 
 @on_hopper
-@pytest.mark.parametrize("way", ["apart", "beside"])
+@pytest.mark.parametrize("way", ways.WITH_BLAS)
 @given(call=batch_calls())
 @settings(max_examples=3)
 def test_batch_in_triton(way, call):
@@ -202,9 +232,9 @@ def test_a_captured_graph_serves_other_adapters(way):
 
 
 @on_hopper
-@pytest.mark.parametrize("way", DECODES)
+@pytest.mark.parametrize("way", BATCH_WAYS)
 @pytest.mark.parametrize("kind", ["single", "batch"])
-def test_decode_kernels_one_after_the_other(kind, way):
+def test_kernels_one_after_the_other(kind, way):
     """Each reads what the one before it wrote, many times in one graph: none may start on it too early."""
     channels = 512
     call, _ = mixed(5, 50, channels, [channels], [16] * 4, 16, torch.bfloat16, False)

@@ -102,6 +102,35 @@ def test_single_against_float64(which, call):
     assert_within(added, wide + delta, bound)
 
 
+@pytest.mark.parametrize("which", WHICH)
+@given(call=singles(), copies=st.integers(1, 3), tall=st.booleans())
+@few
+def test_halves_of_single_against_float64(which, call, copies, tall):
+    """tall: the matrices of the layers differ in their row pitch too."""
+    pitch = [
+        torch.cat([call.a, call.a], 1)[:, : call.a.shape[1]] if tall and i else call.a
+        for i in range(copies)
+    ]
+    y = implementation("lora_shrink_single", which)(call.x, pitch)
+    x, a, b = call.x.double(), call.a.double(), call.b.double()
+    magnitude = x.abs() @ a.abs().t()
+    step = 0.51 * torch.finfo(y.dtype).eps
+    assert y.is_contiguous()
+    assert y.dtype == call.a.dtype
+    for each in y:
+        exact = x @ a.t()
+        assert_within(each, exact, (x.shape[1] + 8) * 4 * FLOAT32 * magnitude + step * exact.abs())
+    base = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    out = implementation("lora_expand_single", which)(y[0], base, call.b, call.scaling)
+    delta = y[0].double() @ b.t() * call.scaling
+    eps = torch.finfo(out.dtype).eps
+    steps = 4 * eps if call.a.dtype == out.dtype else SPLIT
+    magnitude = y[0].double().abs() @ b.abs().t() * abs(call.scaling)
+    wide = base.double()
+    bound = steps * (magnitude + wide.abs()) + 0.51 * eps * (wide + delta).abs()
+    assert_within(out, wide + delta, bound)
+
+
 @given(call=singles(integers=True))
 @few
 def test_every_rounding_of_peft_is_there(call):
@@ -111,9 +140,11 @@ def test_every_rounding_of_peft_is_there(call):
     eager = (
         base + torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b) * scaling
     )
+    eager = eager.to(x.dtype).contiguous()
     for which in WHICH:
-        out = implementation("lora_linear_single", which)(*call.args)
-        assert_same_bits(out, eager.to(x.dtype).contiguous())
+        assert_same_bits(implementation("lora_linear_single", which)(*call.args), eager)
+        y = implementation("lora_shrink_single", which)(x, [a])[0]
+        assert_same_bits(implementation("lora_expand_single", which)(y, base, b, scaling), eager)
 
 
 def sample(dtype=torch.bfloat16, tokens=(2, 3), rank=8, widths=(16, 40)):
@@ -137,6 +168,8 @@ def sample(dtype=torch.bfloat16, tokens=(2, 3), rank=8, widths=(16, 40)):
         "lora_linear": (x, weight, weight[:, 0].clone(), a, b, *tail),
         "lora_linear_single": (x, weight, None, *single, 0.5),
         "lora_add_single": (x, base, single[0].float(), single[1].float(), 0.5),
+        "lora_shrink_single": (x, [single[0], normal(7, single[0].shape, dtype)]),
+        "lora_expand_single": (normal(8, (count, rank), dtype), base, single[1], 0.5),
     }
 
 
@@ -196,7 +229,8 @@ def test_symbolic_sizes_add_no_guard(name):
                 args[index] = [mode.from_tensor(t) for t in value]
             elif isinstance(value, torch.Tensor):
                 # of x, base and y the tokens; the other arguments belong to the model
-                tokens = {"lora_expand": (0, 2)}.get(name, (0, 1 if "add" in name else 0))
+                given = {"lora_expand": (0, 2), "lora_expand_single": (0, 1)}
+                tokens = given.get(name, (0, 1 if "add" in name else 0))
                 dynamic = [DimDynamic.STATIC] * value.dim()
                 if index in tokens:
                     where = (
@@ -219,7 +253,7 @@ def test_no_tokens():
             cut[0], cut[2] = args[0][:, :0], args[2][:0]
         else:
             cut[0] = args[0][:0]
-            if "add" in name:
+            if "add" in name or name == "lora_expand_single":
                 cut[1] = args[1][:0]
         out = getattr(custom_ops, name)(*cut)
         assert out.numel() == 0
@@ -311,6 +345,18 @@ def bad_calls():
         "single rank": (
             *("lora_linear_single", (*single[:3], single[3][:4], *single[4:])),
             r"b.shape is \(56, 8\); accepted: \[56, 4\]",
+        ),
+        "layers": (*("lora_shrink_single", (x, [])), "a is empty; accepted: one tensor per layer"),
+        "ranks of layers": (
+            *("lora_shrink_single", (x, [single[3], single[3][:4]])),
+            r"a\[1\].shape is \(4, 32\); accepted: \[rank, H\] with the H of x and one rank",
+        ),
+        "y": (
+            *(
+                "lora_expand_single",
+                (good["lora_expand_single"][0][:5], *good["lora_expand_single"][1:]),
+            ),
+            r"base.shape is \(2, 3, 56\); accepted: \[..., 56\] of 5 tokens",
         ),
         "base": (
             *("lora_add_single", (x, good["lora_add_single"][1][:1], *good["lora_add_single"][2:])),

@@ -110,7 +110,9 @@ def test_no_tokens(which, experts):
     "tokens", [1, 4, 63, 64, 127, 128, 129, 512, 1023, 1024, 1025, 1537, 4096, 65536, 200_000]
 )
 def test_sizes_of_the_cuda_kernels(tokens, experts):
-    """Up to 8192 pairs are one block's, of 1, 2, 4 or 8 a thread; up to 524288 are a tile of each block's."""
+    """Up to 1024 pairs are one block's and up to 32768 a cluster's, of 1, 2 or 4 a thread; before sm_90 up to 8192 are
+    one block's, of 1, 2, 4 or 8. Of more, up to 524288, each block has a tile.
+    """
     g = torch.Generator().manual_seed(tokens)
     cuda, reference = kernel(NAME, "cuda"), implementation(NAME, "reference")
     for spread, block in ((1, 16), (4, 128), (1, 64)):

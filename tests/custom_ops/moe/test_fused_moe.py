@@ -367,7 +367,7 @@ def test_explain_names_the_families():
     args, kwargs = PLAIN.call("cpu")
     explained = str(custom_ops.explain(custom_ops.fused_moe, *args, **kwargs))
     assert explained.startswith("custom_ops.fused_moe: ")
-    assert set(choice.FAMILIES) == {"triton", "deep_gemm", "grouped_mm", "flashinfer"}
+    assert set(choice.FAMILIES) == {"triton", "deep_gemm", "grouped_mm", "flashinfer", "cuda"}
 
 
 def test_pairs_elsewhere_do_not_count_in_the_tables():

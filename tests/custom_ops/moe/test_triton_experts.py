@@ -309,10 +309,11 @@ def test_warps_with_roles_give_the_same_bits(weights, tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_asking_for_weights_ahead_changes_no_bit(weights, routing):
+@pytest.mark.parametrize("options", [{"ahead": 1}, {"ahead": 8}, {"keep": True}])
+def test_what_is_asked_of_l2_changes_no_bit(weights, routing, options):
     problem = Shape(64, 2, 24, 512, 384, weights=weights, routing=routing).problem("cuda")
     tile = Tile(128, 128, 4, 2, True)
-    asking = dataclasses.replace(tile, ahead=4)
+    asking = dataclasses.replace(tile, **options)
     assert_same_bits(run(problem, 16, asking, asking), run(problem, 16, tile, tile))
 
 

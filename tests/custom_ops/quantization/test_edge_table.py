@@ -17,10 +17,20 @@ from torch import Tensor
 from custom_ops import library
 from custom_ops.scales import CODE_DTYPES
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, implementation, outputs
-from tests.custom_ops.schemes import ASYMMETRIC, GATES, KERNELS, NORMS, PAIRS, SCHEMES, kernel
+from tests.custom_ops.schemes import (
+    ASYMMETRIC,
+    GATES,
+    KEPT,
+    KERNELS,
+    NORMS,
+    PAIRS,
+    SCHEMES,
+    kernel,
+)
 
 QUANTIZING = [
     *((f"{producer}_{scheme}", producer, scheme) for producer, scheme in PAIRS),
+    *((f"{producer}_and_{scheme}", producer, scheme) for producer, scheme in KEPT),
     *((scheme, "", scheme) for scheme in (*SCHEMES, ASYMMETRIC)),
     ("block_quant", "", "block_quant"),
     ("silu_mul_group_quant_masked", "silu_mul", "masked"),
@@ -98,6 +108,8 @@ def check(name: str, producer: str, scheme: str, which: str, x: Tensor) -> None:
             assert_same_bits(*([t.reshape(-1).contiguous() for t in side] for side in (got, want)))
         return
     inputs, (value, *rest) = produced(producer, x, which)
+    if "_and_" in name:
+        rest = [value, *rest]
     positional: tuple = {
         "group_quant": (128,),
         "tensor_quant_static": (torch.tensor([0.0173], device=DEVICE),),

@@ -223,7 +223,7 @@ NEAR = {
         lambda x: (F.linear(x, W) + F.linear(F.linear(x.half(), A.half()), B.half()) * 2.0).to(
             x.dtype
         ),
-        "mul is read by add",
+        "add",  # which is float32
     ),
     "a float32 result": (
         lambda x: F.linear(x, W) + F.linear(F.linear(x.float(), A.float()), B.float()) * 2.0,

@@ -229,3 +229,77 @@ def test_adapters_of_two_dtypes_stay_apart() -> None:
     result = fuse_all(module, random(5, 24))
     assert result.report.matches["lora_linear"] == 2
     assert "shared_lora_shrink" not in result.report.matches
+
+
+# PEFT's layers over linears that are no plain ones
+
+
+class Fp8Layers(nn.Module):
+    """PEFT's layers over block-FP8 linears: q, k, v of one activation, and one of what they make."""
+
+    def __init__(self, ranks: list[int], adapter: torch.dtype | None) -> None:
+        super().__init__()
+        options: Any = {"adapter": adapter, "base": Fp8BlockLinear.from_linear}
+        self.layers = nn.ModuleList(
+            Adapted(128, 128 * (index + 1), rank, 0.5 * (index + 1), **options)
+            for index, rank in enumerate(ranks)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first, *others = self.layers
+        out = first(x)
+        # the others come after something was made of the first, as rotary embeddings are
+        return out.sin(), *(layer(x) for layer in others)
+
+
+def counts(graph: fx.Graph) -> tuple[list[int], int, int]:
+    """The slices of each merged shrink, the expands, and what stayed alone."""
+    nodes = {
+        name: [n for n in graph.nodes if str(n.target) == f"custom_ops.{name}.default"]
+        for name in ("lora_shrink_single", "lora_expand_single", "lora_add_single")
+    }
+    shrinks, expands, alone = nodes.values()
+    return sorted(len(node.args[1]) for node in shrinks), len(expands), len(alone)
+
+
+@few(8)
+@given(
+    ranks=st.lists(st.sampled_from((2, 8)), min_size=1, max_size=4),
+    adapter=st.sampled_from((None, torch.float32)),
+    lead=st.sampled_from(((5,), (2, 3))),
+)
+def test_layers_of_peft_over_block_fp8_linears(
+    ranks: list[int], adapter: torch.dtype | None, lead: tuple[int, ...]
+) -> None:
+    module, x = Fp8Layers(ranks, adapter).eval().requires_grad_(False), random(*lead, 128)
+    graph, report, together = rewritten(module, x)
+    _, _, apart = rewritten(module, x, "shared_lora_shrink")
+    alike = sorted(ranks.count(rank) for rank in set(ranks) if ranks.count(rank) > 1)
+    assert counts(graph.graph) == (alike, sum(alike), len(ranks) - sum(alike))
+    assert report.matches.get("shared_lora_shrink", 0) == sum(alike) - len(alike)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_symbolic_tokens_of_peft_over_block_fp8_linears() -> None:
+    module, x = Fp8Layers([4, 4, 4], torch.float32).eval().requires_grad_(False), random(2, 3, 128)
+    torch._dynamo.mark_dynamic(x, 1)
+    graph, _, actual = rewritten(module, x)
+    assert counts(graph.graph) == ([3], 3, 0)
+    for one, other in zip(actual, module(x), strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.05
+
+
+def test_a_shrink_of_what_is_made_in_between_stays() -> None:
+    """Its matrix is not there yet where the first one shrinks."""
+    first, second = Fp8Layers([4, 4], None).eval().requires_grad_(False).layers
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = first(x)
+        a = second.lora_A.weight * out.float().mean().sign().bfloat16()
+        delta = torch.nn.functional.linear(torch.nn.functional.linear(x, a), second.lora_B.weight)
+        return out, second.base_layer(x) + delta * 0.5
+
+    graph, report, _ = rewritten(call, random(5, 128))
+    assert report.matches["lora_linear"] == 2
+    assert counts(graph.graph) == ([], 0, 2)

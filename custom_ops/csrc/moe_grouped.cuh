@@ -1,0 +1,467 @@
+// The grouped products of experts for Hopper: gate_up, with the activation (and its quantization), and down.
+//
+// The weight is the side of the matrix instruction that is 64 high, tokens are its columns, in steps of 8: the last
+// tile of an expert costs what it has. A cluster of two blocks shares the weight, so that it leaves L2 once for up to
+// 320 tokens: these products spend their time on reading L2.
+#pragma once
+
+#include <type_traits>
+
+#include "moe_grouped_write.cuh"
+
+namespace custom_ops::grouped {
+
+#ifdef CUSTOM_OPS_HOPPER
+
+template <typename T>
+constexpr bool kScaled = std::is_same_v<T, __nv_fp8_e4m3>;
+
+// Channels of a stage: 128 bytes.
+template <typename T>
+__device__ __forceinline__ int steps_of(const GroupedArgs& p) {
+  return p.channels * static_cast<int>(sizeof(T)) / kRowBytes;
+}
+
+// The token of a row of the first product; rows of padding read the first one, and nobody reads what comes of them.
+__device__ __forceinline__ int token_of(const GroupedArgs& p, int row) {
+  const int pair = p.sorted_ids[row];
+  return pair < p.pairs ? pair / p.top_k : 0;
+}
+
+// ---- copies of threads ------------------------------------------------------------------------------------------
+
+template <int Bytes>
+__device__ __forceinline__ void copy(void* to, const void* from) {
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes)
+                 : "memory");
+  }
+}
+
+// An arrival of this thread, which the barrier expects, when what it copies is there.
+__device__ __forceinline__ void arrive_with_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// ---- the loading warpgroup --------------------------------------------------------------------------------------
+
+constexpr int kRowsAtOnce = 128 * 16 / kRowBytes;  // of a copy by each thread
+constexpr int kRowsOfThread = kTokens / kRowsAtOnce;
+
+// Threads that load, of gate_up a warpgroup, of down a warp. The first of them also arrives with the bytes.
+template <bool GateUp>
+constexpr int kLoaders = GateUp ? 128 : 32;
+
+// The scales of a tile, of which each loader has some.
+template <int Loaders>
+struct Scales {
+  static constexpr int kEach = (kTokens + Loaders - 1) / Loaders;
+  uint32_t from[kEach];
+
+  template <typename RowOf>
+  __device__ __forceinline__ void begin(const GroupedArgs& p, int thread, int rows, RowOf row_of) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = thread + i * Loaders;
+      from[i] = row < rows ? static_cast<uint32_t>(row_of(row)) * p.scale_row : 0;
+    }
+  }
+
+  // Those of the next 128 channels.
+  __device__ __forceinline__ void load(const GroupedArgs& p, float* to, int thread, int rows) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = thread + i * Loaders;
+      if (row < rows) copy<4>(to + place_of_scale(row), p.x_scale + from[i]);
+      from[i] += p.scale_group;
+    }
+  }
+};
+
+// This block's half of the weight, for both; of gate_up, one half is of the gate and one of what it is multiplied with.
+template <bool GateUp>
+__device__ __forceinline__ int weight_row_of(const GroupedArgs& p, const Place& at, int rank) {
+  return at.expert * p.weight_rows + (GateUp ? at.column * 128 + rank * p.width : at.column * kWeightRows + rank * 128);
+}
+
+// To be evicted first: nobody else reads it, and L2 then keeps what the next kernel reads.
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Into both blocks.
+__device__ __forceinline__ void load_weight(const CUtensorMap& map, uint64_t* full, uint8_t* stage, int rank, int step,
+                                            int row, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%4, %5}], [%2], %3, %6;" ::"r"(shared_address(stage + rank * (kWeightBytes / kCluster))),
+      "l"(&map), "r"(shared_address(full)), "h"(static_cast<uint16_t>((1 << kCluster) - 1)), "r"(step * kDepth),
+      "r"(row), "l"(policy)
+      : "memory");
+}
+
+// For gate_up, by four warps: rows of tokens are gathered, which TMA could only do one by one (53 cycles a row of 128
+// bytes: twice the time of all else), and so are their scales.
+template <typename T>
+__device__ __forceinline__ void load_gathered(const GroupedArgs& p, uint8_t* stages, Shared& s,
+                                              const CUtensorMap& weight_map, int rank, int tiles) {
+  const int thread = threadIdx.x % 128;
+  const int steps = steps_of<T>(p);
+  const uint4* const x = static_cast<const uint4*>(p.x);
+  const int pitch = static_cast<int>(p.x_pitch * sizeof(T) / 16);
+  const int first = thread / 8;
+  const int to = first * kRowBytes + (thread % 8 ^ first % kAtomRows) * 16;
+  const uint64_t policy = read_once();
+  Ring ring;
+  for (int tile = blockIdx.x / kCluster; tile < tiles; tile += gridDim.x / kCluster) {
+    const Place at = place(p, s, tile, rank);
+    uint32_t from[kRowsOfThread];
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int row = first + i * kRowsAtOnce;
+      from[i] = row < at.rows ? static_cast<uint32_t>(token_of(p, at.row + row)) * pitch + thread % 8 : 0;
+    }
+    Scales<128> scales;
+    if constexpr (kScaled<T>) {
+      scales.begin(p, thread, at.rows, [&](int row) { return token_of(p, at.row + row); });
+    }
+    const int weight_row = weight_row_of<true>(p, at, rank);
+    for (int step = 0; step < steps; ++step) {
+      // both blocks must have read a stage before either writes it
+      wait(&s.empty[ring.stage], ring.parity ^ 1);
+      uint8_t* const stage = stages + ring.stage * kStageBytes;
+      uint64_t* const full = &s.full[ring.stage];
+      if (thread == 0) {
+        expect_bytes(full, kWeightBytes);
+        load_weight(weight_map, full, stage, rank, step, weight_row, policy);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        if (first + i * kRowsAtOnce < at.rows) {
+          copy<16>(stage + kWeightBytes + to + i * kRowsAtOnce * kRowBytes, x + from[i]);
+          from[i] += kRowBytes / 16;
+        }
+      }
+      if constexpr (kScaled<T>) scales.load(p, s.scales[ring.stage], thread, at.rows);
+      arrive_with_copies(full);
+      ring.next();
+    }
+  }
+}
+
+// For down, by a warp: rows and scales lie in the order of the index. The weight of the first stages is asked for while
+// gate_up still runs.
+template <typename T>
+__device__ __forceinline__ void load_rows(const GroupedArgs& p, uint8_t* stages, Shared& s, const CUtensorMap& x_map,
+                                          const CUtensorMap& weight_map, int rank, int tiles) {
+  const int lane = threadIdx.x % 32;
+  const int steps = steps_of<T>(p);
+  const uint64_t policy = read_once();
+  Ring ring;
+  bool waited = false;
+  for (int tile = blockIdx.x / kCluster; tile < tiles; tile += gridDim.x / kCluster) {
+    const Place at = place(p, s, tile, rank);
+    const int boxes = (at.rows + kBox - 1) / kBox;
+    const int bytes = kWeightBytes + boxes * kBox * kRowBytes;
+    const int weight_row = weight_row_of<false>(p, at, rank);
+    int ahead = 0;
+    if (!waited) {
+      ahead = steps < kStages ? steps : kStages;
+      for (int step = 0; step < ahead && lane == 0; ++step) {  // all stages are empty
+        expect_bytes(&s.full[step], bytes);
+        load_weight(weight_map, &s.full[step], stages + step * kStageBytes, rank, step, weight_row, policy);
+      }
+      wait_for_previous();
+      waited = true;
+    }
+    Scales<32> scales;
+    if constexpr (kScaled<T>) scales.begin(p, lane, at.rows, [&](int row) { return at.row + row; });
+    for (int step = 0; step < steps; ++step) {
+      wait(&s.empty[ring.stage], ring.parity ^ 1);
+      uint8_t* const stage = stages + ring.stage * kStageBytes;
+      uint64_t* const full = &s.full[ring.stage];
+      if (lane == 0) {
+        if (step >= ahead) {
+          expect_bytes(full, bytes);
+          load_weight(weight_map, full, stage, rank, step, weight_row, policy);
+        }
+        for (int box = 0; box < boxes; ++box) {
+          load_tile(&x_map, full, stage + kWeightBytes + box * kBox * kRowBytes, step * kDepth, at.row + box * kBox);
+        }
+      }
+      __syncwarp();
+      if constexpr (kScaled<T>) scales.load(p, s.scales[ring.stage], lane, at.rows);
+      arrive_with_copies(full);
+      ring.next();
+    }
+  }
+  if (!waited) wait_for_previous();  // what comes next relies on all before
+}
+
+// ---- the multiplying warpgroups ---------------------------------------------------------------------------------
+
+// Here and now, where the compiler would wait for the products first.
+__device__ __forceinline__ float4 load_shared(const float* from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared_address(from)));
+  return v;
+}
+
+// Four sums of a column of 8 tokens += d times the scales of two.
+__device__ __forceinline__ void add_products(float* sum, const float* d, float first, float second) {
+  sum[0] = fmaf(d[0], first, sum[0]);
+  sum[1] = fmaf(d[1], second, sum[1]);
+  sum[2] = fmaf(d[2], first, sum[2]);
+  sum[3] = fmaf(d[3], second, sum[3]);
+}
+
+// sum [64, N] += the product of 128 channels, times the scales of its tokens and of the weight.
+template <int N>
+__device__ __forceinline__ void add_scaled(float* sum, uint64_t left, uint64_t right, const float* scales,
+                                           float weight_scale) {
+  float d[N / 2];
+  hold(d);
+  begin_product();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) Columns<__nv_fp8_e4m3, N>::multiply(d, along(left, k), along(right, k), k > 0);
+  commit_product();
+  constexpr int kFours = (N + 15) / 16;
+  constexpr int kAhead = 2;  // loads of scales under way
+  float4 of[kFours];
+#pragma unroll
+  for (int i = 0; i < kAhead && i < kFours; ++i) of[i] = load_shared(scales + 4 * i);
+  wait_for_product<0>();
+  hold(d);
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) {
+    if (i + kAhead < kFours) of[i + kAhead] = load_shared(scales + 4 * (i + kAhead));
+    add_products(sum + 8 * i, d + 8 * i, of[i].x * weight_scale, of[i].y * weight_scale);
+    if (16 * i + 8 < N) add_products(sum + 8 * i + 4, d + 8 * i + 4, of[i].z * weight_scale, of[i].w * weight_scale);
+  }
+}
+
+// What a multiplying warpgroup does with a tile of at most N rows: twice 64 rows of the weight.
+template <typename T, bool GateUp, int N>
+__device__ __forceinline__ void multiply_tile(const GroupedArgs& p, uint8_t* stages, Shared& s, Ring& ring,
+                                              const Place& at, int odd) {
+  const int group = threadIdx.x / 128;
+  const int thread = threadIdx.x % 128;
+  const int lane = threadIdx.x % 32;
+  const int steps = steps_of<T>(p);
+  if constexpr (!GateUp) {  // where the rows go; there is time until they do
+    for (int row = thread; row < at.rows; row += 128) s.pairs[odd][group][row] = p.sorted_ids[at.row + row];
+  }
+  // Gate and up of the same 64 columns, or 128 rows one after the other.
+  const int first = (GateUp ? 64 * group : 128 * group) * kRowBytes;
+  const int second = (GateUp ? 128 + 64 * group : 128 * group + 64) * kRowBytes;
+  const auto release = [&](int stage) {
+    if (lane < kCluster) arrive_at(&s.empty[stage], lane);
+  };
+  float sum[2][N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) sum[0][i] = sum[1][i] = 0.0f;
+
+  if constexpr (kScaled<T>) {
+    const int block = GateUp ? at.column : at.column * 2 + group;
+    const float* const w_scale = p.w_scale + at.expert * p.w_scale_expert;
+    const float* const w_scale0 = w_scale + block * p.w_scale_row;
+    // the blocks of an output that ends in the middle of this tile are not there, nor is what comes of them stored
+    const float* const w_scale1 = GateUp ? w_scale0 + p.column_tiles * p.w_scale_row : w_scale0;
+    const bool inside = GateUp || block * 128 < p.width;
+    float scale0 = inside ? __ldg(w_scale0) : 0.0f;
+    float scale1 = GateUp ? __ldg(w_scale1) : scale0;
+    // All at once where registers suffice.
+    constexpr int kAtOnce = N <= 128 ? N : 80;
+    for (int i = 0; i < steps; ++i) {
+      const int next = i + 1 < steps ? i + 1 : i;
+      const float next0 = inside ? __ldg(w_scale0 + next) : 0.0f;
+      const float next1 = GateUp ? __ldg(w_scale1 + next) : next0;
+      wait(&s.full[ring.stage], ring.parity);
+      if (GateUp) fence_shared();  // rows that threads copied, for the matrix units
+      const uint8_t* const stage = stages + ring.stage * kStageBytes;
+      const float* const scales = s.scales[ring.stage] + lane % 4 * (kTokens / 4);
+      const uint64_t right = describe(stage + kWeightBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint64_t left = describe(stage + (half == 0 ? first : second));
+        const float scale = half == 0 ? scale0 : scale1;
+        add_scaled<kAtOnce>(sum[half], left, right, scales, scale);
+        if constexpr (N > kAtOnce) {
+          add_scaled<N - kAtOnce>(sum[half] + kAtOnce / 2, left, right + (kAtOnce * kRowBytes >> 4),
+                                  scales + kAtOnce / 4, scale);
+        }
+      }
+      __syncwarp();  // all of a warp have read the scales
+      release(ring.stage);
+      ring.next();
+      scale0 = next0;
+      scale1 = next1;
+    }
+  } else {
+    int previous = -1;
+    for (int i = 0; i < steps; ++i) {
+      wait(&s.full[ring.stage], ring.parity);
+      if (GateUp) fence_shared();
+      const uint8_t* const stage = stages + ring.stage * kStageBytes;
+      const uint64_t right = describe(stage + kWeightBytes);
+      const uint64_t left0 = describe(stage + first);
+      const uint64_t left1 = describe(stage + second);
+      hold(sum[0]);
+      hold(sum[1]);
+      begin_product();
+#pragma unroll
+      for (int k = 0; k < kDepth / kInstructionDepth; ++k) {
+        Columns<T, N>::multiply(sum[0], along(left0, k), along(right, k), true);
+        Columns<T, N>::multiply(sum[1], along(left1, k), along(right, k), true);
+      }
+      commit_product();
+      hold(sum[0]);
+      hold(sum[1]);
+      wait_for_product<1>();
+      if (previous >= 0) release(previous);
+      previous = ring.stage;
+      ring.next();
+    }
+    wait_for_product<0>();
+    hold(sum[0]);
+    hold(sum[1]);
+    release(previous);
+  }
+
+  uint8_t* const parts = s.out + group * 2 * kPartBytes;
+  int part = 0;
+  uint32_t v[N / 4];
+  if constexpr (GateUp) {
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      v[i] = silu_mul(sum[0][2 * i], sum[0][2 * i + 1], sum[1][2 * i], sum[1][2 * i + 1]);
+    }
+    if constexpr (kScaled<T>) {
+      write_codes<N>(p, s, v, at);
+    } else {
+      T* const out = static_cast<T*>(p.out) + int64_t{at.row} * p.width + at.column * 128 + group * 64;
+      sync_threads(2 + group, 128);
+      write_rows<N>(v, parts, part, group, at.rows,
+                    [&](int row) { return reinterpret_cast<uint8_t*>(out + int64_t{row} * p.width); });
+    }
+  } else {
+    const int column = at.column * kWeightRows + group * 128;
+    const int rows = column < p.width ? at.rows : 0;
+    sync_threads(2 + group, 128);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) v[i] = pack(sum[half][2 * i], sum[half][2 * i + 1]);
+      __nv_bfloat16* const out = static_cast<__nv_bfloat16*>(p.out) + column + half * 64;
+      write_rows<N>(v, parts, part, group, rows, [&](int row) {
+        const int pair = s.pairs[odd][group][row];
+        return pair < p.pairs ? reinterpret_cast<uint8_t*>(out + int64_t{pair} * p.width) : nullptr;
+      });
+    }
+  }
+}
+
+template <typename T, bool GateUp>
+__device__ __forceinline__ void multiply_tiles(const GroupedArgs& p, uint8_t* stages, Shared& s) {
+  Ring ring;
+  int odd = 0;
+  // what is asked for again here would otherwise be in a register that a tile needs
+  for (int tile = blockIdx.x / kCluster; tile < s.first_tile[p.experts] * p.column_tiles;
+       tile += gridDim.x / kCluster, odd ^= 1) {
+    const Place at = place(p, s, tile, static_cast<int>(block_in_cluster()));
+#define CUSTOM_OPS_TILE(N)                                        \
+  if (at.rows <= N) {                                             \
+    multiply_tile<T, GateUp, N>(p, stages, s, ring, at, odd);     \
+    continue;                                                     \
+  }
+    CUSTOM_OPS_TILE(16)
+    CUSTOM_OPS_TILE(32)
+    CUSTOM_OPS_TILE(48)
+    CUSTOM_OPS_TILE(64)
+    CUSTOM_OPS_TILE(80)
+    CUSTOM_OPS_TILE(96)
+    CUSTOM_OPS_TILE(112)
+    CUSTOM_OPS_TILE(120)
+    CUSTOM_OPS_TILE(128)
+    CUSTOM_OPS_TILE(136)
+    CUSTOM_OPS_TILE(144)
+    CUSTOM_OPS_TILE(160)
+#undef CUSTOM_OPS_TILE
+  }
+}
+
+#endif
+
+template <typename T, bool GateUp>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
+                   const __grid_constant__ GroupedArgs p) {
+#ifdef CUSTOM_OPS_HOPPER
+  extern __shared__ __align__(1024) uint8_t stages[];
+  Shared& s = *reinterpret_cast<Shared*>(stages + kStages * kStageBytes);
+  const int rank = static_cast<int>(block_in_cluster());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      init_barrier(&s.full[stage], 1 + kLoaders<GateUp>);
+      init_barrier(&s.empty[stage], kConsumers * kWarps * kCluster);
+    }
+    fence_barriers();
+  }
+  for (int e = threadIdx.x; e < p.experts; e += kThreads) s.first_block[e] = s.end_block[e] = 0;
+  sync_cluster();
+  // For down the index is there: gate_up has waited for it, or this kernel would not run yet.
+  if constexpr (GateUp) wait_for_previous();
+  start_next();
+  find_tiles(p, s);
+  const int tiles = s.first_tile[p.experts] * p.column_tiles;
+
+  if (threadIdx.x / 128 == kConsumers) {
+    give_registers<56>();
+    if constexpr (GateUp) {
+      load_gathered<T>(p, stages, s, weight_map, rank, tiles);
+    } else if (threadIdx.x % 128 < kLoaders<false>) {
+      load_rows<T>(p, stages, s, x_map, weight_map, rank, tiles);
+    }
+  } else {
+    take_registers<224>();
+    multiply_tiles<T, GateUp>(p, stages, s);
+  }
+  __syncwarp();
+  sync_cluster();  // the other block may still signal here
+#endif
+}
+
+template <typename T, bool GateUp>
+cudaError_t launch(const GroupedArgs& p, int multiprocessors, cudaStream_t stream) {
+  CUtensorMap x_map, weight_map;
+  // codes are copied in pairs, as values of 16 bits
+  const int64_t words = int64_t{p.channels} * sizeof(T) / 2;
+  cudaError_t error = make_map(&x_map, true, p.x, p.x_rows, words, p.x_pitch * sizeof(T) / 2, kBox);
+  if (error != cudaSuccess) return error;
+  error = make_map(&weight_map, true, p.weight, int64_t{p.experts} * p.weight_rows, words, words,
+                   kWeightRows / kCluster);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(grouped_kernel<T, GateUp>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kCluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(multiprocessors / kCluster * kCluster);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, grouped_kernel<T, GateUp>, x_map, weight_map, p);
+}
+
+}  // namespace custom_ops::grouped
