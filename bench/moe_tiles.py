@@ -33,7 +33,17 @@ BESIDE = {"16_bit": 6.0, "fp8_block": 10.0}
 
 
 def tiles(kind: str, product: str, pairs_per_expert: float) -> Iterator[tuple[int, Tile]]:
-    """(block size, tile) worth trying; product: "gate_up" or "down", whose tiles have twice the columns."""
+    """(block size, tile) worth trying; product: "gate_up" or "down", whose tiles have twice the columns.
+
+    Where most of the time goes by reading weights, each also with what it may ask of L2.
+    """
+    for block, tile in _tiles(kind, product, pairs_per_expert):
+        yield block, tile
+        if block < 128:
+            yield block, replace(tile, ahead=8, keep=True)
+
+
+def _tiles(kind: str, product: str, pairs_per_expert: float) -> Iterator[tuple[int, Tile]]:
     wide = 2 if product == "down" else 1
     if kind == "fp8_block":
         if pairs_per_expert <= 64:

@@ -336,9 +336,9 @@ class Matcher:
                 known, unknown = match.value(monomial)
                 if not unknown:
                     if not index_map.same_size(known, value):
-                        return self._fail(
-                            node, f"{_product(monomial)} is {known}, but {_name(node)} has {value}"
-                        )
+                        named = f"{_product(monomial)} is {known}, but " if monomial[1] else ""
+                        expected = "" if monomial[1] else f", expected {known}"
+                        return self._fail(node, f"{named}{_name(node)} has {value}{expected}")
                 elif len(unknown) == 1 and (size := index_map.divide(value, known)) is not None:
                     sizes[unknown[0]] = size
                 else:
@@ -436,7 +436,7 @@ def _other(
 ) -> str:
     """What a place is where a pattern has another operation."""
     source = expected.operands[0] if expected.name == "cast" else None
-    if is_tensor(source) and is_tensor(pattern_node):
+    if isinstance(source, fx.Node) and is_tensor(source) and is_tensor(pattern_node):
         dtypes = [n.meta["val"].dtype for n in (source, pattern_node)]
         given = node.meta["val"].dtype if is_tensor(node) else None
         if dtypes == [torch.bfloat16, torch.float32] and given is torch.float32:

@@ -103,7 +103,7 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=140, color_system=None)
+        console = Console(width=140, color_system=None, markup=False)  # "[8, 128]" is no style
         with console.capture() as capture:
             for table in self._tables():
                 console.print(table)

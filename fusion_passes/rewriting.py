@@ -137,12 +137,15 @@ class Rewrite:
         return self._emit(torch.ops.prims.convert_element_type.default, (node, dtype), {})
 
     def full(self, like: fx.Node, shape: Sequence[Size], value: float) -> fx.Node:
-        """A tensor of one number, of the dtype and on the device of a node."""
+        """A tensor of one number, of the dtype and on the device of a node; one for all matches of a graph."""
         fake = like.meta["val"]
         sizes = [
             size if isinstance(size, int) else self._size_argument(like, size) for size in shape
         ]
         where = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+        for node in self.graph.find_nodes(op="call_function", target=aten.full.default):
+            if (node.args, node.kwargs) == ((sizes, value), where) and node < self._anchor:
+                return node  # each would be a kernel
         return self._emit(aten.full.default, (sizes, value), where)
 
     def emit(self, target: Any, *args: Any) -> fx.Node:

@@ -113,7 +113,7 @@ class WarmupPlan:
             except (RuntimeError, OSError):  # its compiler is not installed here
                 compiled = "?"
             table.add_row(kernel.op, kernel.implementation, spec, example, compiled)
-        console = Console(width=140, color_system=None)
+        console = Console(width=140, color_system=None, markup=False)
         with console.capture() as capture:
             console.print(table)
             for note in self.notes:

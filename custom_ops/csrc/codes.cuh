@@ -36,14 +36,13 @@ __device__ __forceinline__ float power_of_two(float scale) {
   return bits <= 0x400000u ? __uint_as_float(0x400000u) : __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
 }
 
-// The rules of nearly every launch: scale amax / 448, or / 127 for int8, as it comes, and codes x / scale; or with
-// the scale rounded to the dtype of x, as torchao has it.
-enum class Usual { no, fp8, fp8_rounded, int8 };
+// The rules of nearly every launch: scale amax / 448, or / 127 for int8, as it comes, and codes x / scale.
+enum class Usual { no, fp8, int8 };
 
 inline Usual usual(const QuantRule& r) {
-  const bool plain = r.code_mode == CodeMode::divide && r.scale_divides && !r.or_one && !r.power_of_two &&
-                     r.min_scale == 0.0f && !(r.int8 && r.scale_in_input);
-  return !plain ? Usual::no : r.int8 ? Usual::int8 : r.scale_in_input ? Usual::fp8_rounded : Usual::fp8;
+  const bool plain = r.code_mode == CodeMode::divide && r.scale_divides && !r.scale_in_input && !r.or_one &&
+                     !r.power_of_two && r.min_scale == 0.0f;
+  return !plain ? Usual::no : r.int8 ? Usual::int8 : Usual::fp8;
 }
 
 // The rule of a launch, with what a usual one is known to hold as constants. A branch that all threads take alike is
@@ -58,7 +57,7 @@ __device__ __forceinline__ QuantRule known(const QuantRule& given) {
     rule.code_mode = CodeMode::divide;
     rule.int8 = U == Usual::int8;
     rule.scale_divides = true;
-    rule.scale_in_input = U == Usual::fp8_rounded;
+    rule.scale_in_input = false;
     rule.or_one = false;
     rule.power_of_two = false;
   }
@@ -81,8 +80,8 @@ __device__ __forceinline__ float scale_of(float amax, const QuantRule& rule) {
 
 template <Usual U>
 __device__ __forceinline__ bool is_quick(float amax, float scale, const QuantRule& rule) {
-  // A usual scale that is not rounded is quick with its amax, which is there earlier.
-  if (U == Usual::fp8 || U == Usual::int8) return amax >= kExactAmax && amax <= FLT_MAX;
+  // A usual scale is quick with its amax, which is there earlier.
+  if (U != Usual::no) return amax >= kExactAmax && amax <= FLT_MAX;
   return amax >= kExactAmax && scale >= rule.least_quick_scale && scale <= kLargestQuickScale;
 }
 

@@ -58,7 +58,15 @@ struct Ring {
 
 #ifdef CUSTOM_OPS_HOPPER
 
-// Where the scale of a token is: four that a thread needs lie side by side, and it has every fourth pair of columns.
+// This thread. What is computed of it would else be kept in registers through the whole of a tile, for which they do
+// not suffice, and not be computed where it is needed.
+__device__ __forceinline__ unsigned this_thread() {
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// Where the scale of a token is: four that a thread needs lie side by side; it has every fourth pair of columns.
 __device__ __forceinline__ int place_of_scale(int token) {
   return token / 2 % 4 * (kTokens / 4) + token / 8 * 2 + token % 2;
 }

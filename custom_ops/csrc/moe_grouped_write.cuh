@@ -45,8 +45,8 @@ __device__ __forceinline__ int swizzled(int token, int chunk) { return token * k
 template <int N, typename RowOf>
 __device__ __forceinline__ void write_rows(const uint32_t (&v)[N / 4], uint8_t* parts, int& part, int group, int rows,
                                            RowOf row_of) {
-  const int thread = threadIdx.x % 128;
-  const int lane = threadIdx.x % 32;
+  const int thread = static_cast<int>(this_thread()) % 128;
+  const int lane = thread % 32;
   const int to = swizzled(lane / 16 * 8 + lane % 8, thread / 32 * 2 + lane / 8 % 2);
   const int from = swizzled(thread / 8, thread % 8);
 #pragma unroll
@@ -90,9 +90,10 @@ __device__ __forceinline__ float divide(float v, float scale, float reciprocal) 
 template <int N>
 __device__ __forceinline__ void write_codes(const GroupedArgs& p, Shared& s, const uint32_t (&v)[N / 4],
                                             const Place& at) {
-  const int group = threadIdx.x / 128;
-  const int warp = threadIdx.x / 32 % kWarps;
-  const int lane = threadIdx.x % 32;
+  const int thread = static_cast<int>(this_thread());
+  const int group = thread / 128;
+  const int warp = thread / 32 % kWarps;
+  const int lane = thread % 32;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {  // magnitudes are ordered as their bits are, NaN above all
     uint32_t largest = larger(v[2 * j] & 0x7fff7fffu, v[2 * j + 1] & 0x7fff7fffu);
@@ -101,7 +102,7 @@ __device__ __forceinline__ void write_codes(const GroupedArgs& p, Shared& s, con
     if (lane < 4) s.amax[group * kWarps + warp][4 * j + lane] = largest;
   }
   sync_threads(1, 128 * kConsumers);
-  const int token = threadIdx.x;
+  const int token = thread;
   if (token < N) {
     uint32_t largest = 0;
 #pragma unroll
@@ -138,7 +139,7 @@ __device__ __forceinline__ void write_codes(const GroupedArgs& p, Shared& s, con
     }
     sync_threads(1, 128 * kConsumers);
     const int rows = at.rows - begin < kCodes ? at.rows - begin : kCodes;
-    for (int i = threadIdx.x; i < rows * 8; i += 128 * kConsumers) {
+    for (int i = thread; i < rows * 8; i += 128 * kConsumers) {
       *reinterpret_cast<uint4*>(out + int64_t{begin + i / 8} * p.width + i % 8 * 16) =
           *reinterpret_cast<const uint4*>(s.out + i / 8 * kRowBytes + (i % 8 ^ i / 16 % 4) * 16);
     }

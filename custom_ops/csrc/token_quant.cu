@@ -8,7 +8,7 @@ namespace {
 // Few short rows: a vector to a thread, and few parameters, as in few_groups_kernel.
 constexpr int64_t kFewElementsOfTokens = int64_t{1} << 19;
 
-template <typename T, Usual U>
+template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     few_tokens_kernel(const T* x, uint8_t* codes, float* scale, uint32_t rows, uint32_t vecs,
                       const __grid_constant__ QuantRule rule) {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float amax[1] = {max_nan(from_bits<T>(row_max(largest_bits(v))), rule.min_amax)};
   float scales[1];
   uint2 code[1];
-  codes_of<U>(v, amax, rule, code, scales);
+  codes_of<Usual::fp8>(v, amax, rule, code, scales);
   if (has) store(code_at, code[0]);
   if (row < rows && threadIdx.x == 0) store(scale_at, scales[0]);
 }
@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T>
 bool few(const Source& source, int64_t rows, int64_t cols, const Quantized& out) {
   const Plain<T> from(source);
-  const Usual rule = usual(out.rule);
-  return (rule == Usual::fp8 || rule == Usual::fp8_rounded) && rows * cols > 0 && rows * cols <= kFewElementsOfTokens &&
+  return usual(out.rule) == Usual::fp8 && rows * cols > 0 && rows * cols <= kFewElementsOfTokens &&
          cols <= kMaxThreads * kVec && (rows == 1 || (from.x.stride == cols && from.x.inner.divisor == 0)) &&
          from.vectorizable(cols);
 }
@@ -43,9 +42,7 @@ cudaError_t launch_few(const Source& source, int64_t rows, int64_t cols, const Q
   while (threads <= kWarp && threads / 2 >= vecs) threads /= 2;  // several rows per warp
   const unsigned rows_per_block = threads >= 128 ? 1 : 128 / threads;
   const unsigned blocks = static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
-  const auto kernel =
-      usual(out.rule) == Usual::fp8 ? few_tokens_kernel<T, Usual::fp8> : few_tokens_kernel<T, Usual::fp8_rounded>;
-  kernel<<<blocks, dim3(threads, rows_per_block), 0, stream>>>(
+  few_tokens_kernel<T><<<blocks, dim3(threads, rows_per_block), 0, stream>>>(
       static_cast<const T*>(source.x.data), static_cast<uint8_t*>(out.codes), static_cast<float*>(out.scale),
       static_cast<uint32_t>(rows), vecs, out.rule);
   return cudaGetLastError();

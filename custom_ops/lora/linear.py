@@ -8,8 +8,6 @@ only: `ways`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +19,6 @@ from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
 
 FUSED_TILE = LinearTile(128, 256, 64, 8, 3, parts=2)
-BLAS_RANK = (
-    64  # above it the BLAS makes y of one 16-bit adapter too, which it rounds as PEFT's layer does
-)
 
 
 def lora_shrink(
@@ -287,14 +282,8 @@ def _with_blas(
 ) -> Tensor:
     count = x.shape[0]
     batched = tokens is not None
-    y: Tensor
-    run_shrink: Any
     after = way == "after" and chained(x)
-    if each and a[0].shape[0] > BLAS_RANK:
-        product = torch.empty((count, a[0].shape[0]), dtype=x.dtype, device=x.device)
-        y, run_shrink = product[None, None], partial(torch.mm, x, a[0].t(), out=product)
-    else:
-        y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched), after)
+    y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched), after)
     if way == "beside" and x.device.type == "cuda":
         main, side = torch.cuda.current_stream(), _side_stream()
         side.wait_stream(main)

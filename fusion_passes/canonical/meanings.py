@@ -177,6 +177,12 @@ def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
     )
 
 
+def _silu_by_sigmoid(gate: T, up: T) -> T:
+    """As torch.export decomposes it: one float32 rounding more than x / (1 + exp(-x)), before that to 16 bits."""
+    wide = gate.float()
+    return (wide * torch.sigmoid(wide)).to(gate.dtype) * up
+
+
 _GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}
 
 MEANINGS = (
@@ -206,9 +212,12 @@ MEANINGS = (
         "silu_mul",
         "SiLU of the gate, times the up projection",
         0,
-        patterns=(Pattern(lambda gate, up: F.silu(gate) * up, _GATED, name="silu_mul"),),
+        patterns=(
+            Pattern(lambda gate, up: F.silu(gate) * up, _GATED, name="silu_mul"),
+            Pattern(_silu_by_sigmoid, _GATED, name="silu_mul, by a sigmoid"),
+        ),
         rewrite=lambda m: (m.emit(silu_mul, m.tensor("gate"), m.tensor("up")),),
-        signature="aten.exp.default",
+        signature="aten.exp.default aten.sigmoid.default",
     ),
     Fusion(
         "gelu_tanh_mul",

@@ -3,6 +3,7 @@
     view(view(q, [B, S, G, 128]), [B, S, K])  ->  q        where q already is [B, S, K]
     alias(x), slice(x, 0, 0, size of x)       ->  x
     permute(permute(x, [1, 0]), [1, 0])       ->  x
+    _assert_tensor_metadata(x, dtype of x)    ->  nothing
 
 A rewrite returns each output in the shape that the user's graph had in that place; between two fused ops the
 views then cancel, so that the scales reach the GEMM in the layout in which they were made.
@@ -27,9 +28,13 @@ _VIEWS = {
 
 
 def remove_needless(graph: fx.Graph) -> int:
-    """Returns how many nodes were bypassed. The graph's outputs keep their own views (they may be aliases)."""
+    """Returns how many nodes were bypassed or erased. The graph's outputs keep their own views (perhaps aliases)."""
     removed = 0
     for node in graph.nodes:
+        if _is_known(node):
+            graph.erase_node(node)
+            removed += 1
+            continue
         if (source := _permuted_back(node)) is not None and not _is_returned(node):
             node.replace_all_uses_with(source)
             removed += 1
@@ -49,6 +54,17 @@ def remove_needless(graph: fx.Graph) -> int:
             node.replace_input_with(node.args[0], source)
             removed += 1
     return removed
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether a node asserts of a value the dtype and the device that the graph says it has, as exported graphs do."""
+    if node.target is not torch.ops.aten._assert_tensor_metadata.default:
+        return False
+    given = dict(zip(("a", "size", "stride", "dtype"), node.args)) | node.kwargs
+    value = given.pop("a").meta.get("val")
+    known = {"dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None)}
+    known["layout"] = torch.strided
+    return all(wanted is None or known.get(name) == wanted for name, wanted in given.items())
 
 
 def _is_returned(node: fx.Node) -> bool:

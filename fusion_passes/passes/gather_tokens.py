@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from custom_ops.expert_parallel import groups
+from custom_ops.expert_parallel import buffers, groups
 from fusion_passes import settings
 from fusion_passes.expert_parallel import blocks
 from fusion_passes.fusion import Fusion
@@ -48,7 +48,13 @@ def _objection(node: fx.Node) -> str | None:
     if settings.current().by_default(NAME):
         most = node.kwargs.get("max_tokens", 0)
         if not 0 < most <= MOST_ROWS:
-            return f"max_tokens is {most}; by default, gathered are 1 to {MOST_ROWS} tokens of a rank"
+            return (
+                f"max_tokens is {most}; by default, gathered are 1 to {MOST_ROWS} tokens of a rank"
+            )
+        if buffers.spans_hosts(ranks):
+            return (
+                "by default, tokens are gathered within a host; between hosts it was not measured"
+            )
     return None
 
 

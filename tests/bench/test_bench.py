@@ -72,6 +72,19 @@ def test_every_op_and_fusion_has_a_case():
     assert {case.fusion for case in cases if case.fusion} == shipped
 
 
+def test_one_token_says_nothing_of_quantization_per_tensor():
+    """It is what token_quant has for its subject: rows from before that was so hold an error."""
+    of_old = row_of("silu_mul_tensor_quant", 1, ours=1.9, stock=2.0)
+    of_old.errors = {"plugin": "AssertionError: the fusion silu_mul_tensor_quant did not fire"}
+    of_old.fired = {}
+    del of_old.warm_us["plugin"]
+    of_old.ratios.pop("plugin_of_inductor")
+    more = [row_of("silu_mul_tensor_quant", tokens, ours=3.0, stock=4.0) for tokens in (16, 256)]
+    assert tuning.verdict("silu_mul_tensor_quant", [of_old, *more])["on"]
+    static = row_of("silu_mul_tensor_quant_static", 1, ours=2.0, stock=1.0)
+    assert not tuning.verdict("silu_mul_tensor_quant_static", [static])["on"]
+
+
 def test_the_sizes_that_must_be_shown_are_there():
     labels = {case.label for _, case in every_case(tiny=False)}
     assert "group_quant(tokens=4096, hidden=7168)" in labels
@@ -248,18 +261,6 @@ def test_a_fusion_that_failed_is_off():
     verdict = tuning.verdict("group_quant", [row_of("group_quant", 1, 1.0, 2.0), broken])
     assert not verdict["on"]
     assert verdict["why"] == "group_quant(tokens=16) was not measured"
-
-
-def test_rows_without_stock_say_nothing_of_being_ahead():
-    alone = row_of("group_quant", 16, 1.0, 2.0)
-    alone.warm_us = {"plugin": 1.0}
-    alone.ratios = {}
-    assert tuning.verdict("group_quant", [row_of("group_quant", 1, 1.0, 2.0), alone])["on"]
-    assert tuning.verdict("group_quant", [alone]) == {
-        "on": False,
-        "why": "not measured",
-        "rows": [],
-    }
 
 
 def test_a_table_is_read_by_the_plugin(tmp_path, monkeypatch):

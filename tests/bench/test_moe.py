@@ -9,11 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from bench import moe as mixtures
-from bench import moe_blocks, moe_report, tuning
+from bench import moe_blocks, moe_report, readme, tuning
 from bench.__main__ import app
 from bench.case import close
 from bench.moe_shared import WAYS
-from bench.readme import table
 from bench.results import ROOT, Row, Run
 from bench.suites import moe
 from bench.timer import HostTimer
@@ -258,10 +257,10 @@ def test_the_report_has_what_was_measured():
     beside = Row("moe_shared_glm_4_5_air", {"tokens": 1}, warm_us=dict.fromkeys(WAYS, 3.0))
     beside.ratios = {"beside": 1.25}
     folder = ROOT / "bench" / "results" / "plots"
-    text = "\n".join(moe_report.section("a GPU", [parts, peak, beside], folder, table))
+    text = "\n".join(moe_report.section("a GPU", [parts, peak, beside], folder, readme.table))
     assert "| `mixtral_8x7b_bf16` | 64 | `triton` | 10.0 |" in text
     assert "| 5.0 | 0.50 | 20% | 7 |" in text
     assert "bench/results/plots/moe-profile-mixtral-8x7b-bf16-a-gpu.png" in text
     assert "| `mixtral_8x7b_bf16` | 65536 | 4096 | 900 | 512 |" in text
     assert "| `glm_4_5_air` | 1 | 3.0 | 3.0 | 3.0 | 3.0 | 1.25 |" in text
-    assert moe_report.section("a GPU", [], folder, table) == []
+    assert moe_report.section("a GPU", [], folder, readme.table) == []

@@ -136,7 +136,8 @@ CASES = [
     Case("mean over tokens", lambda x, w: w * normed(x, 0).to(x.dtype), (X, W), missed=NORM, words=("6", "256")),
     Case("mean over tokens, square", lambda x, w: w * normed(x, 0).to(x.dtype), (random(256, 256), W), missed=NORM),
     Case("mean over everything", lambda x, w: w * normed(x, (-2, -1)).to(x.dtype), (X, W), missed=NORM),
-    Case("weight per token", lambda x, w: w * normed(x).to(x.dtype), (X, random(6, 1)), (NORM,)),  # one without a weight
+    # a norm without a weight, and a product
+    Case("weight per token", lambda x, w: w * normed(x).to(x.dtype), (X, random(6, 1)), (NORM,)),
     Case("weight per element", lambda x, w: w * normed(x).to(x.dtype), (X, OTHER), (NORM,)),
     Case("variance in bf16", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)), (X, W)),
     Case("rms used elsewhere", reciprocal_norm_used_twice, (X, W), missed=NORM, words=("rsqrt", "also used")),

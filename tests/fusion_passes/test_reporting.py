@@ -104,3 +104,27 @@ def test_a_site_without_known_sizes_has_no_number():
     ]
     saved, here = Report(sites=sites).bytes_saved["rms_norm"]
     assert (str(saved), here) == ("4*u0 + 8", None)
+
+
+def test_near_misses_of_every_layer_are_one_whatever_other_nodes_they_name():
+    found = [
+        NearMiss(
+            "rms_norm", f"layers.{i}", f"mul_{i}", f"mul_{i} is read by fused_moe_default_{i + 1}"
+        )
+        for i in range(3)
+    ]
+    found.append(NearMiss("rms_norm", "head", "mul_7", "mul_7 has 3 rows"))
+    found.append(NearMiss("rms_norm", "tail", "mul_8", "mul_8 has 4 rows"))
+    text = " ".join(str(Report(states={"rms_norm": (True, "")}, near_misses=found)).split())
+    assert "layers.0 and 2 more" in text
+    assert "mul_0 is read by fused_moe_default_1" in text
+    assert "mul_7 has 3 rows" in text
+    assert "mul_8 has 4 rows" in text
+
+
+def test_brackets_in_a_reason_are_printed():
+    """They are no markup of the table."""
+    miss = NearMiss("fused_moe", "a", "mul", "one weight has both, [num_experts, hidden_size]")
+    text = str(Report(states={"fused_moe": (True, "")}, near_misses=[miss], notes=["[a] note"]))
+    assert "[num_experts, hidden_size]" in text
+    assert "[a] note" in text

@@ -127,3 +127,18 @@ def test_symbolic_width():
     result = fuse_all(lambda x: by_rsqrt(x) * 2, random(5, 256), dynamic=True)
     assert result.report.matches == {"rms_norm": 1}, result.report
     assert_same(result)
+
+
+def test_all_of_a_graph_share_one_weight_of_ones():
+    """Each would be a kernel that fills it."""
+
+    def layers(x: T) -> T:
+        for _ in range(3):
+            codes, scale = quantize(by_rsqrt(x))
+            x = x + (codes.float() * scale.repeat_interleave(128, -1)).to(x.dtype)
+        return x
+
+    result = fuse_all(layers, random(5, 256))
+    assert sum(result.report.matches.values()) == 3, result.report
+    ones = [node for node in result.after.graph.nodes if node.target is torch.ops.aten.full.default]
+    assert len([node for node in ones if node.args[0] == [256]]) == 1

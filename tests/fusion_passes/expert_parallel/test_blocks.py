@@ -205,6 +205,13 @@ def test_gathered_by_default(alone, most):
     assert said == ([] if 0 < most <= 256 else [least])
 
 
+def test_not_by_default_between_hosts(alone, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # as if this one rank were on another host
+    result = graphs.rewrite(block(alone, experts16(), 16), *drawn(5), only=BOTH[:1])
+    (miss,) = result.report.near_misses
+    assert "between hosts it was not measured" in miss.reason
+
+
 def near_misses(group: str) -> dict[str, tuple[Any, str | None]]:
     given = experts16()
     weights_of = given["gate_up"], given["down"]
