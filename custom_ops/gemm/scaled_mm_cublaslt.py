@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from custom_ops import platform, tables
+from custom_ops import platform
+from custom_ops.gemm.scaled_mm_choice import preferred
 from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
 
@@ -106,21 +107,6 @@ def _impossible_fp8(
     if bias is not None and (bias.dtype != out_dtype or out_dtype == torch.float32):
         return f"adds a 16-bit bias of the output's dtype, not {bias.dtype} to {out_dtype}"
     return None
-
-
-def kind(a: Tensor, a_scale: Tensor, b_scale: Tensor) -> str:
-    """How the tables call a product: its dtype and whether every scale is one number."""
-    scales = "tensor" if a_scale.numel() == b_scale.numel() == 1 else "token"
-    return f"{str(a.dtype).removeprefix('torch.')} {scales}"
-
-
-def preferred(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> tables.Best | None:
-    """What the tables say of a product of known sizes, or None."""
-    capability = platform.cuda_capability(a.device) if a.device.type == "cuda" else None
-    if capability is None or a.numel() == 0:
-        return None
-    n, k = b.shape
-    return tables.best("scaled_mm", kind(a, a_scale, b_scale), capability, a.numel() // k, n, k)
 
 
 def _triton_runs(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.gemm.scaled_mm_cublaslt import preferred
+from custom_ops.gemm.scaled_mm_choice import preferred
 from custom_ops.gemm.triton_kernels import ROW_TILES, _operand
 from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
