@@ -33,7 +33,7 @@ help:
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make lint      what CI and pre-commit check;  make format  fixes what it can"
-	@echo "make bench     measure against stock torch.compile (needs a GPU);  make readme  refreshes README.md"
+	@echo "make bench     measure against stock torch.compile (needs a GPU);  make readme  refreshes README.md and docs/"
 
 $(INSTALLED): pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "Python >= 3.10 is needed and none was found; set PYTHON=..." >&2; exit 1; }

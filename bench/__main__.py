@@ -326,18 +326,19 @@ def warmup(
 
 @app.command()
 def readme(
-    check: Annotated[bool, typer.Option("--check", help="fail when README.md is stale")] = False,
+    check: Annotated[bool, typer.Option("--check", help="fail when a page is stale")] = False,
 ) -> None:
-    """Write the generated tables of README.md: fusions, settings, ops, performance."""
-    from bench.readme import README, render
+    """Write the generated tables of README.md and docs/: fusions, settings, ops, performance."""
+    from bench.readme import documents, render
 
-    fresh = render(README.read_text())
-    if fresh == README.read_text():
-        return
-    if check:
-        console.print("README.md is stale: run `make readme`")
+    texts = documents()
+    stale = {path: fresh for path, fresh in render(texts).items() if fresh != texts[path]}
+    if check and stale:
+        names = ", ".join(str(path.relative_to(FOLDER.parent.parent)) for path in stale)
+        console.print(f"{names}: stale, run `make readme`")
         raise typer.Exit(1)
-    README.write_text(fresh)
+    for path, fresh in stale.items():
+        path.write_text(fresh)
 
 
 def _print(run: Run, rows: list[Row]) -> None:

@@ -263,6 +263,20 @@ def overlap(world: World) -> Iterator[Row]:
     yield from expert_parallel_overlap.rows(world)
 
 
+def gather(world: World) -> Iterator[Row]:
+    """All tokens to all ranks without max_tokens, with it, and dispatched."""
+    from bench import expert_parallel_gather
+
+    yield from expert_parallel_gather.rows(world)
+
+
+def elastic(world: World) -> Iterator[Row]:
+    """DeepEP 2, where it is installed and its first Buffer is left out."""
+    from bench import expert_parallel_elastic
+
+    yield from expert_parallel_elastic.rows(world)
+
+
 PARTS: dict[str, Callable[[World], Iterator[Row]]] = {
     "high_throughput": high_throughput,
     "low_latency": low_latency,
@@ -272,6 +286,8 @@ PARTS: dict[str, Callable[[World], Iterator[Row]]] = {
     "overlap": overlap,
     "model": model,
     "captured": captured,
+    "gather": gather,
+    "elastic": elastic,
 }
 
 

@@ -28,9 +28,11 @@ class Layer:
     down: Tensor
 
     @classmethod
-    def of(cls, world: World) -> Layer:
-        sizes = world.sizes
-        shapes = (2 * sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)
+    def of(cls, world: World, hidden: int = 0, intermediate: int = 0) -> Layer:
+        """Of the widths of the world's sizes, or of these."""
+        hidden = hidden or world.sizes.hidden
+        intermediate = intermediate or world.sizes.intermediate
+        shapes = (2 * intermediate, hidden), (hidden, intermediate)
         gate_up, down = (
             torch.empty(world.local, *shape, dtype=torch.bfloat16, device=world.device).normal_(
                 std=shape[1] ** -0.5

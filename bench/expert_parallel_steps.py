@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 import custom_ops
+from bench.expert_parallel_layers import Layer
 from bench.expert_parallel_world import World
 from bench.results import Row
 from custom_ops.expert_parallel import ep_combine_low_latency, ep_dispatch_low_latency
 
 WANTED = 10_000
 BLOCK = 100  # steps between two looks at the clock
+SAID = 1000
 LEAK_BYTES = 4 << 20
 
 
@@ -25,7 +27,8 @@ def run(world: World) -> Row:
     keeps for later is not in use.
     """
     sizes, start = world.sizes, time.perf_counter()
-    numbers = random.Random(world.rank)
+    numbers, common = random.Random(world.rank), random.Random(0)
+    layer = Layer.of(world, sizes.step_hidden, sizes.step_hidden // 8)
     done = early = late = 0
     wrong = torch.zeros((), dtype=torch.int64, device=world.device)  # nobody waits for it
     block_of = BLOCK if world.cuda else 4
@@ -35,8 +38,12 @@ def run(world: World) -> Row:
             wrong += _high_throughput(world, numbers)
             if done % 4 == 0:
                 wrong += _low_latency(world, numbers)
+            if done % 20 == 0:
+                wrong += _whole(layer, numbers, common)
             done += 1
         late = _in_use(world)
+        if world.rank == 0 and done % SAID == 0:
+            print(f"{done} steps, {time.perf_counter() - start:.1f} s", flush=True)
         early = late if done <= 5 * block_of else early
     seconds = time.perf_counter() - start
     made = Row(
@@ -85,6 +92,24 @@ def _high_throughput(world: World, numbers: random.Random) -> Tensor:
     owners = torch.nn.functional.one_hot(ids // world.local, world.ranks).amax(1)
     copies = owners.sum(1, keepdim=True) if tokens else owners.new_zeros((0, 1))
     return (back != x * copies).any() | ((out[2] >= 0).sum() != out[4].sum())
+
+
+def _whole(layer: Layer, numbers: random.Random, common: random.Random) -> Tensor:
+    """Whether a mixture of experts gives something else when it is gathered or goes in halves, or what is not finite.
+
+    common: what all ranks draw alike. The experts take rows of two numbers, as each may need kernels of its own.
+    """
+    world, sizes = layer.world, layer.world.sizes
+    exchange, split = common.choice(("dispatch", "gather")), common.choice((0, 1))
+    most = sizes.step_tokens
+    tokens = numbers.choice((0, 1, most, numbers.randint(0, most)))
+    x = torch.randn(tokens, sizes.step_hidden, device=world.device).bfloat16()
+    ids = torch.rand(tokens, sizes.experts, device=world.device).argsort(1)[:, : sizes.top_k]
+    weights = torch.rand(tokens, sizes.top_k, device=world.device)
+    wanted = layer.whole(x, ids, weights, max_tokens=most).float()
+    found = layer.whole(x, ids, weights, exchange=exchange, split_from=split, max_tokens=most)
+    limit = 2**-6 * wanted.norm(dim=1, keepdim=True, p=torch.inf)
+    return ((found.float() - wanted).abs() > limit).any() | ~found.isfinite().all()
 
 
 def _low_latency(world: World, numbers: random.Random) -> Tensor:

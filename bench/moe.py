@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def profile(
     model: Model, dtype: str, tokens: int, device: torch.device, timer: Timer, experts: str = ""
 ) -> Row:
     """One block, part by part. experts: of which name, or those that the tables choose."""
+    row, finish = prepared_profile(model, dtype, tokens, device, timer, experts)
+    finish()
+    return row
+
+
+def prepared_profile(
+    model: Model, dtype: str, tokens: int, device: torch.device, timer: Timer, experts: str = ""
+) -> tuple[Row, Callable[[], None]]:
+    """As `profile`, and what computes the ratios of the row from its times: a timer may fill them in later."""
     hidden_states, (_, ids), (args, kwargs) = call(model, dtype, tokens, device)
     rows, problem = args[0], Problem.of(*args, **kwargs)
     pipeline = chosen(problem, experts)
@@ -68,8 +78,6 @@ def profile(
     times["block"] = timer.warm(lambda: moe.by_hand(model, dtype, hidden_states, whole))
     counts = moe.hit(model, ids)
     moved, flops = moe.least(model, dtype, tokens, counts)
-    floor = moe.floor_us(moved, flops, dtype)
-    used = [count for count in counts if count] or [0]
     row = Row(
         f"moe_profile_{model.name}_{dtype}",
         {"tokens": tokens},
@@ -78,19 +86,25 @@ def profile(
         fusion=None,
         warm_us=times,
     )
+    row.fired = {pipeline.experts.name: 1}
+    return row, partial(_profiled, row, dtype, counts)
+
+
+def _profiled(row: Row, dtype: str, counts: Sequence[int]) -> None:
+    """The ratios of a row of `profile`, from its times and the pairs that each expert has."""
+    times, used = row.warm_us, [count for count in counts if count] or [0]
+    floor = moe.floor_us(row.moved_bytes, row.flops, dtype)
     row.ratios = {
         "floor_us": floor,
         "of_floor": floor / times["block"],
         "align_and_permute": (times["prepare"] + times["finalize"]) / times["block"],
-        "experts_tflops": flops / times["experts"] / 1e6,
-        "experts_gbps": moved / times["experts"] / 1e3,
+        "experts_tflops": row.flops / times["experts"] / 1e6,
+        "experts_gbps": row.moved_bytes / times["experts"] / 1e3,
         "experts_hit": len(used) if any(counts) else 0,
         "tokens_per_expert_least": min(used),
         "tokens_per_expert_median": statistics.median(used),
         "tokens_per_expert_most": max(used),
     }
-    row.fired = {pipeline.experts.name: 1}
-    return row
 
 
 def chosen(problem: Problem, experts: str) -> parts.Pipeline:

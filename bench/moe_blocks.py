@@ -34,7 +34,11 @@ def cases(
 ) -> list[Case]:
     """Those of the suite, with only stock, the plugin, our ops and, for FP8, our bfloat16. Empty: all."""
     chosen = {
-        f"{PREFIX}{m.name}_{d}" for m in models for d in m.dtypes if not dtypes or d in dtypes
+        f"{PREFIX}{m.name}{moe.of_hits(hits)}_{d}"
+        for m in models
+        for d in m.dtypes
+        for hits in (None, *moe.QWEN_HIT.values())
+        if not dtypes or d in dtypes
     }
     return [
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What `python -m bench moe` measured, of the newest rows of each device: its pictures, and its part of README.md."""
+"""What `python -m bench moe` measured, of the newest rows of each device: its pictures, and its part of docs/moe.md."""
 
 from __future__ import annotations
 

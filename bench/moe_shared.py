@@ -13,20 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import custom_ops
 from bench import results
 from bench.case import close
 from bench.results import FOLDER, Row
 from bench.timer import CudaTimer, Timer
+from custom_ops.moe.beside import beside
 
-A = TypeVar("A")
-B = TypeVar("B")
 SUITE = "moe_shared"
 TOKENS = (1, 4, 16, 64, 512, 4096)
 
@@ -55,32 +53,44 @@ BLOCKS = (
 )
 
 
-class Weights:
+class Weights(nn.Module):
     """Random weights of a block in bfloat16."""
 
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    shared_gate_up: Tensor
+    shared_down: Tensor
+    expert_map: Tensor | None
+
     def __init__(self, block: Block, device: torch.device) -> None:
+        super().__init__()
+
         def normal(*shape: int) -> Tensor:
             weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
             return weight.normal_(std=shape[-1] ** -0.5)
 
         experts, hidden, width = block.experts, block.hidden, block.intermediate
-        self.block = block
-        self.stream = torch.cuda.Stream(device)
-        self.router = normal(block.everywhere, hidden)
-        self.gate_up, self.down = normal(experts, 2 * width, hidden), normal(experts, hidden, width)
-        self.shared_gate_up, self.shared_down = (
-            normal(2 * block.shared, hidden),
-            normal(hidden, block.shared),
-        )
-        self.expert_map: Tensor | None = None
+        self.top_k = block.top_k
+        self.register_buffer("router", normal(block.everywhere, hidden))
+        self.register_buffer("gate_up", normal(experts, 2 * width, hidden))
+        self.register_buffer("down", normal(experts, hidden, width))
+        self.register_buffer("shared_gate_up", normal(2 * block.shared, hidden))
+        self.register_buffer("shared_down", normal(hidden, block.shared))
+        expert_map = None
         if block.routed:
             local = torch.arange(block.routed, dtype=torch.int32, device=device)
-            self.expert_map = torch.where(local < experts, local, -1)
+            expert_map = torch.where(local < experts, local, -1)
+        self.register_buffer("expert_map", expert_map)
+
+
+def route(weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(x, weights.router)
+    return custom_ops.topk_softmax(logits, weights.top_k, renormalize=True)
 
 
 def routed(weights: Weights, x: Tensor) -> Tensor:
-    logits = F.linear(x, weights.router)
-    top, ids = custom_ops.topk_softmax(logits, weights.block.top_k, renormalize=True)
+    top, ids = route(weights, x)
     return custom_ops.fused_moe(
         x, weights.gate_up, weights.down, top, ids, expert_map=weights.expert_map
     )
@@ -96,23 +106,8 @@ def one_after_the_other(weights: Weights, x: Tensor) -> Tensor:
 
 
 def side_by_side(weights: Weights, x: Tensor) -> Tensor:
-    ours, theirs = beside(lambda: routed(weights, x), lambda: shared(weights, x), weights.stream)
+    ours, theirs = beside(lambda: routed(weights, x), lambda: shared(weights, x), x.device)
     return ours + theirs
-
-
-def beside(
-    first: Callable[[], A], second: Callable[[], B], other: torch.cuda.Stream
-) -> tuple[A, B]:
-    """first() on the current stream and second() on the other one, which starts when all before it is done; the current
-    stream goes on when both are done. Captured, it is a fork and a join of the CUDA graph.
-    """
-    current = torch.cuda.current_stream()
-    other.wait_stream(current)
-    with torch.cuda.stream(other):
-        theirs = second()
-    ours = first()
-    current.wait_stream(other)
-    return ours, theirs
 
 
 WAYS: dict[str, Callable[[Weights, Tensor], Tensor]] = {

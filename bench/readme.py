@@ -1,47 +1,96 @@
-"""The generated parts of README.md: between `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
+"""The generated parts of README.md and docs/: between `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
-from bench import heat, moe_report
+from bench import heat, moe_report, pages
 from bench.results import FOLDER, RANKS, ROOT, Row, Run, load_all, newest
 
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 NO_RESULTS = (
     "No results are committed yet: `make bench` on a machine with an NVIDIA GPU writes them."
 )
+NAMES = r"<!-- begin: (\w+) -->\n"
 
 
-def render(text: str) -> str:
-    """README text with every generated part made anew. Raises ValueError for a missing or unknown part."""
-    found = re.findall(r"<!-- begin: (\w+) -->\n", text)
-    if sorted(found) != sorted(PARTS):
-        raise ValueError(f"README.md has the generated parts {found}, wanted {sorted(PARTS)}")
-    for name, make in PARTS.items():
-        part = f"<!-- begin: {name} -->\n{make()}\n<!-- end: {name} -->"
+def documents() -> dict[Path, str]:
+    """The text of every file that has generated parts."""
+    return {path: path.read_text() for path in (README, *sorted(DOCS.glob("*.md")))}
+
+
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """The texts with every generated part made anew. Raises ValueError for one that is missing, unknown or there twice.
+
+    A path in a part is one of the repository; in a file of `docs/` it goes up first.
+    """
+    found = Counter(name for text in texts.values() for name in re.findall(NAMES, text))
+    wanted = Counter([*PARTS])
+    if wrong := sorted((found - wanted) + (wanted - found)):
+        raise ValueError(
+            f"README.md and docs/ need each of the generated parts {sorted(PARTS)} once; missing, unknown or repeated: "
+            f"{wrong}"
+        )
+    return {path: _render(text, path) for path, text in texts.items()}
+
+
+def _render(text: str, path: Path) -> str:
+    up = "../" * (len(path.relative_to(ROOT).parts) - 1)
+    for name in re.findall(NAMES, text):
+        made = re.sub(r"\]\((?=bench/)", f"]({up}", PARTS[name]())
+        part = f"<!-- begin: {name} -->\n{made}\n<!-- end: {name} -->"
         pattern = rf"<!-- begin: {name} -->\n.*?<!-- end: {name} -->"
         text = re.sub(pattern, part.replace("\\", r"\\"), text, flags=re.DOTALL)
     return text
 
 
-def fusions() -> str:
-    """Every shipped fusion; third-party ones of this machine have no place in the README."""
+def toggles() -> str:
+    """Every shipped fusion by its page, and whether it is on by default: the short table of the README."""
     from fusion_passes.registered import registry
-    from fusion_passes.tables import load
 
-    archs = [f"sm_{version}" for version in sorted(load())]
+    rows = []
+    for page in pages.PAGES:
+        states: dict[str, list[str]] = {"on": [], "off": []}
+        for fusion in registry().values():
+            if pages.of_name(fusion.name) is page:
+                on = [arch for arch in _archs() if fusion.default_state(arch)[0]]
+                state = "off" if not on else "on" if on == _archs() else f"on for {', '.join(on)}"
+                states.setdefault(state, []).append(f"`{fusion.name}`")
+        where, off, *some = (
+            f"{', '.join(names)}" if state in ("on", "off") else f"({state}) {', '.join(names)}"
+            for state, names in states.items()
+        )
+        link = f"[{page.title}](docs/{page.name}.md)"
+        rows.append((link, "; ".join(each for each in (where, *some) if each), off))
+    return table(("family", "on by default", "off until named"), rows)
+
+
+def fusions(page: pages.Page) -> str:
+    """Every shipped fusion of a page; third-party ones of this machine have no place there."""
+    from fusion_passes.registered import registry
+
     rows = [
         (
             f"`{fusion.name}`",
             fusion.summary,
-            *("on" if fusion.default_state(arch)[0] else "off" for arch in archs),
+            *("on" if fusion.default_state(arch)[0] else "off" for arch in _archs()),
         )
         for fusion in registry().values()
+        if pages.of_name(fusion.name) is page
     ]
-    return table(("fusion", "what it does", *(f"`{arch}`" for arch in archs)), rows)
+    return table(("fusion", "what it does", *(f"`{arch}`" for arch in _archs())), rows)
+
+
+def _archs() -> list[str]:
+    from fusion_passes.tables import load
+
+    return [f"sm_{version}" for version in sorted(load())]
 
 
 def environment() -> str:
@@ -53,25 +102,59 @@ def environment() -> str:
     )
 
 
-def ops() -> str:
+def ops(page: pages.Page) -> str:
     from custom_ops import library
 
     rows = []
     for op in library.ops().values():
-        names = ", ".join(implementation.name for implementation in op.implementations)
-        rows.append((f"`{op.name}`", (op.public.__doc__ or "").split("\n")[0], names))
+        if pages.of_name(op.name) is page:
+            names = ", ".join(implementation.name for implementation in op.implementations)
+            rows.append((f"`{op.name}`", (op.public.__doc__ or "").split("\n")[0], names))
     return table(
         ("op of `custom_ops`", "what it computes", "implementations, preferred first"), rows
     )
 
 
-def performance() -> str:
-    """Per GPU: the kernels against stock `torch.compile` and the copy bandwidth, then the whole layers."""
-    runs = [run for run in load_all() if run.device["arch"] != "cpu"]
-    devices = newest([run for run in runs if run.suite not in (heat.SUITE, RANKS)])
-    maps = newest(heat.of(runs))
-    parts = [_device(name, pairs) for name, pairs in devices.items()]
-    parts += [_map(name, pairs) for name, pairs in maps.items()]
+def headlines() -> str:
+    """Per suite and GPU: how many rows stand beside stock, and how far ahead they are."""
+    ahead: dict[tuple[pages.Page, str, str], list[float]] = {}
+    for device, pairs in newest([run for run in _measured() if run.suite != heat.SUITE]).items():
+        for run, row in pairs:
+            page = pages.of_suite(run.suite)
+            if page is not None and run.suite != RANKS and "of_inductor" in row.ratios:
+                ahead.setdefault((page, run.suite, device), []).append(row.ratios["of_inductor"])
+    rows = [
+        (
+            f"[{suite}](docs/{page.name}.md)",
+            device.removeprefix("NVIDIA "),
+            str(len(ratios)),
+            *(f"{figure:.2f}" for figure in (statistics.median(ratios), min(ratios), max(ratios))),
+        )
+        for (page, suite, device), ratios in ahead.items()
+    ]
+    if not rows:
+        return NO_RESULTS
+    return table(("suite", "GPU", "sizes", "median", "least", "most"), sorted(rows))
+
+
+def _timed(pairs: Iterable[tuple[Run, Row]]) -> bool:
+    return any(row.ours_us for _, row in pairs)
+
+
+def _measured() -> list[Run]:
+    return [run for run in load_all() if run.device["arch"] != "cpu"]
+
+
+def performance(page: pages.Page | None = None) -> str:
+    """Of the suites of one page, or of all, per GPU: the kernels against stock `torch.compile` and the copy bandwidth,
+    then the whole layers.
+    """
+
+    runs = [run for run in _measured() if page in (None, pages.of_suite(run.suite))]
+    own = (heat.SUITE, RANKS)
+    devices = newest([run for run in runs if run.suite not in own])
+    parts = [_device(name, pairs) for name, pairs in devices.items() if _timed(pairs)]
+    parts += [_map(name, pairs) for name, pairs in newest(heat.of(runs)).items()]
     for name, pairs in newest(moe_report.of(runs)).items():
         parts += moe_report.section(name, [row for _, row in pairs], FOLDER / "plots", table)
     ranks = newest([run for run in runs if run.suite == RANKS])
@@ -178,8 +261,10 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "fusions": fusions,
+    "toggles": toggles,
+    "headlines": headlines,
     "environment": environment,
-    "ops": ops,
-    "performance": performance,
+    **{f"fusions_{page.name}": partial(fusions, page) for page in pages.PAGES},
+    **{f"ops_{page.name}": partial(ops, page) for page in pages.PAGES},
+    **{f"performance_{page.name}": partial(performance, page) for page in pages.PAGES},
 }

@@ -50,6 +50,7 @@ from custom_ops.lora import (
 )
 from custom_ops.moe import (
     fused_moe,
+    fused_moe_and_shared,
     fused_moe_batched,
     grouped_topk,
     moe_align_block_size,
@@ -116,6 +117,7 @@ __all__ = [
     "ep_fused_moe",
     "explain",
     "fused_moe",
+    "fused_moe_and_shared",
     "fused_moe_batched",
     "fused_moe_lora",
     "gelu_tanh_mul",

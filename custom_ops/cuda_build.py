@@ -83,7 +83,23 @@ def cache_dir() -> Path:
     """`CUSTOM_OPS_CACHE_DIR`, or `custom_ops` in the user's cache directory."""
     if given := os.environ.get("CUSTOM_OPS_CACHE_DIR"):
         return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "custom_ops"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "custom_ops"
+    try:
+        return Path.home() / ".cache" / "custom_ops"
+    except RuntimeError:  # a user without a home, as in a container that runs under any number
+        return Path(tempfile.gettempdir()) / f"custom_ops-{os.getuid()}"
+
+
+def cannot_write(folder: Path) -> str | None:
+    """Why nothing can be kept in a folder, which is made where it does not exist; None if something can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder} cannot be made ({error.strerror}); set CUSTOM_OPS_CACHE_DIR"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written to; set CUSTOM_OPS_CACHE_DIR"
+    return None
 
 
 def current_arch() -> str | None:
@@ -107,6 +123,8 @@ def why_not() -> str | None:
             "there is no nvcc to build them with (set CUDA_HOME, or put nvcc on PATH), and "
             f"{cache_dir()} holds no build for {arch} and torch {torch.__version__}"
         )
+    if (problem := cannot_write(cache_dir())) is not None and _find(arch) is None:
+        return problem
     return None
 
 

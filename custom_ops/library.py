@@ -206,6 +206,11 @@ def _usable(
     return tuple(usable), reasons
 
 
+def check_environment() -> None:
+    """Raises ValueError for a CUSTOM_OPS_DISABLE that names what is no implementation, or for an unknown variable."""
+    _parse_disable(os.environ.get("CUSTOM_OPS_DISABLE", ""))
+
+
 def _parse_disable(value: str) -> frozenset[str]:
     for variable in os.environ:
         if variable.startswith("CUSTOM_OPS_") and variable not in VARIABLES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def fusion_passes(
     if fusion_pass.latest is None:
         _report_of_cached_graph(stored, settings)
     elif stored is not None:
-        reporting.write(stored, fusion_pass.latest.to_json())
+        _keep(stored, fusion_pass.latest)
     return compiled
 
 
@@ -112,6 +114,20 @@ def _stored_report(
     # not Inductor's options: the pass runs before any of them matters
     text = "\0".join((uuid, gm.code, repr(inputs), repr(torch.is_grad_enabled())))
     return cuda_build.cache_dir() / "reports" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _keep(stored: Path, report: Report) -> None:
+    """Only a report is lost where it cannot be kept, as in a container without a home: the model has to run."""
+    problem = cuda_build.cannot_write(stored.parent)
+    if problem is None:
+        reporting.write(stored, report.to_json())
+    else:
+        _warn_once(f"no report is kept for graphs that Inductor will have in its cache: {problem}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def _prepare(report: Report) -> None:

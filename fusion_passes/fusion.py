@@ -120,6 +120,8 @@ class Fusion:
     exclusive: at most one pattern can match a place, and all end at the node of the signature: so they are tried, and
         traced, one at a time, and the one that matched last is tried first.
     needs: the operation (see operations.py) that every pattern contains; without one in the graph none is traced.
+    measured_as: the sizes of a match as the rows of the tables name them, where the nearest of those rows decides
+        whether stock is to have a place; it returns None where a size is not known.
     bytes_before, bytes_after: memory traffic as expressions over the size names, counting each tensor that a
         kernel boundary writes or reads. *Before* is what stock Inductor launches for the same computation.
     """
@@ -137,6 +139,7 @@ class Fusion:
     allow_shared: bool = False
     exclusive: bool = False
     needs: str = ""
+    measured_as: Callable[[Match], dict[str, Any] | None] | None = None
     bytes_before: str = "0"
     bytes_after: str = "0"
 

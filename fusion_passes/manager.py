@@ -6,14 +6,9 @@ rounding that eager performs (Inductor later drops casts that it deems pointless
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import os
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +21,17 @@ from torch import fx
 import custom_ops
 from custom_ops.implementation import Implementation
 from custom_ops.library import Op
-from fusion_passes import near_miss, reporting, slower, tables, torch_internals, verify, warming
+from fusion_passes import (
+    cache_key,
+    near_miss,
+    reporting,
+    slower,
+    tables,
+    torch_internals,
+    unread_norms,
+    verify,
+    warming,
+)
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
@@ -36,7 +41,7 @@ from fusion_passes.operations import describe, escapes, module_path, transparent
 from fusion_passes.places import Place
 from fusion_passes.registered import is_shipped, registry
 from fusion_passes.reporting import NearMiss, Report, Site
-from fusion_passes.rewriting import NotRewritten, Rewrite, choose
+from fusion_passes.rewriting import NotRewritten, Rewrite, choose, would_cycle
 from fusion_passes.settings import Settings
 
 __all__ = ["FusionPass", "StrictError"]
@@ -62,26 +67,19 @@ class FusionPass(torch_internals.CustomGraphPass):
         return self.settings if self.settings is not None else settings_module.current()
 
     def uuid(self) -> str | None:
-        """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none.
+        """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none, or for a dump.
 
         Inductor asks for it before it looks into its cache, and this is the only word that a pass hears of a graph
         that is found there. Such a graph calls the CUDA C++ ops by name, so they are loaded here.
         """
         _load_cuda_ops()
-        parts = [
-            str(custom_ops.platform.triton_interpret()),
-            source_hash(),
-            repr(self._settings().cache_key()),
-            *_versions(),
-            repr(_foreign_fusions()),
-        ]
-        parts.append(os.environ.get("CUSTOM_OPS_DISABLE", ""))
-        if self.after is not None:
-            theirs = getattr(self.after, "uuid", lambda: None)()
-            if theirs is None:
-                return None
-            parts.append(repr(theirs))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        settings = self._settings()
+        if settings.dump is not None:  # a graph from the cache comes by nothing that is written
+            return None
+        if self.after is None:
+            return cache_key.key(settings)
+        theirs = getattr(self.after, "uuid", lambda: None)()
+        return None if theirs is None else cache_key.key(settings, repr(theirs))
 
     def __call__(self, graph: fx.Graph) -> None:
         if self.after is not None:
@@ -305,7 +303,7 @@ class _Run:
         if not fusion.allow_shared:
             for node, user in escapes(match.nodes.values(), match.outputs):
                 return f"{node.name} inside of it is also used by {user.name}"
-        if _would_cycle(match):
+        if would_cycle(match):
             return "one of its inputs is computed from one of its outputs"
         return self._slower(fusion, match)
 
@@ -335,10 +333,15 @@ class _Run:
             said = {miss.module for miss in self.report.near_misses}
             found = near_miss.explain(meaning, self.graph, canonical=False)
             self.report.near_misses += [miss for miss in found if miss.module not in said]
+        self.report.near_misses += self._unsaid(unread_norms.FUSION, unread_norms.find(self.graph))
         for fusion in fusions:
-            here = {m.module for m in self.report.near_misses if m.fusion == fusion.name}
             found = near_miss.explain(fusion, self.graph)
-            self.report.near_misses += [miss for miss in found if miss.module not in here]
+            self.report.near_misses += self._unsaid(fusion.name, found)
+
+    def _unsaid(self, fusion: str, found: Iterable[NearMiss]) -> list[NearMiss]:
+        """Near misses of a fusion in modules of which the report has none of it yet."""
+        here = {miss.module for miss in self.report.near_misses if miss.fusion == fusion}
+        return [miss for miss in found if miss.module not in here]
 
     def _tidy(self) -> None:
         """Replace each custom op by the op of its implementation where the choice is already certain."""
@@ -354,6 +357,9 @@ class _Run:
                 implementation = self._ready(op, node.args, node.kwargs)
                 if implementation.overload is not None and node.target is op.overload:
                     node.target = implementation.overload
+                if torch_internals.wrapper_is_cpp():  # it cannot write the default of a dtype
+                    dtypes = {k: v for k, v in op.defaults.items() if isinstance(v, torch.dtype)}
+                    node.kwargs = dtypes | node.kwargs
             for target, args, kwargs in node.meta.get("ops_inside", ()):
                 self._ready(declared[target], args, kwargs)
         torch_internals.tidy(self.graph)
@@ -377,9 +383,10 @@ class _Run:
     def _dump(self, name: str) -> None:
         if self.settings.dump is not None:
             folder = Path(self.settings.dump)
-            folder.mkdir(parents=True, exist_ok=True)
             stem = f"{self.report.graph.replace('/', '_') or 'graph'}.{self._dumped:02d}.{name}.txt"
-            (folder / stem).write_text(f"{self.graph}\n")
+            with settings_module.naming("dump", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / stem).write_text(f"{self.graph}\n")
             self._dumped += 1
 
 
@@ -396,31 +403,6 @@ def _raised(what: str, error: Exception) -> tuple[str, str]:
     """The reason for the report, and what a warning adds to it."""
     reason = f"undone, the {what} raised {type(error).__name__}: {error}"
     return reason, f"\n{traceback.format_exc()}"
-
-
-def _would_cycle(match: Match | Place) -> bool:
-    """Whether an input of the match depends on one of its outputs by a way outside of it."""
-    inside = set(match.nodes.values())
-    outputs = [node for node in match.outputs if node is not match.outputs[0]]
-    outside = [
-        user
-        for node in outputs
-        for user in node.users
-        if user not in inside and user < match.outputs[0]
-    ]
-    if not outside:
-        return False
-    first = min(outside)
-    stack = [chain[0][0] for chain in match.captured.values()]
-    seen: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node in outside:
-            return True
-        if node not in seen and not node < first:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return False
 
 
 def _device_of(graph: fx.Graph) -> torch.device:
@@ -444,66 +426,3 @@ def _load_cuda_ops() -> None:
         torch.device("cuda", torch.cuda.current_device())
     ):
         custom_ops.library.load_cuda()
-
-
-@functools.cache
-def source_hash() -> str:
-    """Of every source file of both packages and of the shipped tables."""
-    digest = hashlib.sha256(custom_ops.library.source_hash().encode())
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".json"):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _versions() -> tuple[str, ...]:
-    found = [torch.__version__, repr(custom_ops.platform.cuda_capability())]
-    for package in ("triton", "sgl-deep-gemm", "flashinfer-python"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    return tuple(found)
-
-
-def _foreign_fusions() -> list[Any]:
-    """What is known of fusions that are not ours: everything they say, and the code of their functions."""
-    return [_identity(fusion, ()) for fusion in registry().values() if not is_shipped(fusion)]
-
-
-def _identity(value: Any, inside: tuple[int, ...]) -> Any:
-    """The same for the same source in every process: no address, no order of a set."""
-    if id(value) in inside:
-        return "itself"
-    inside = (*inside, id(value))
-    if isinstance(value, types.CodeType):
-        return (
-            value.co_code,
-            value.co_names,
-            [_identity(constant, inside) for constant in value.co_consts],
-        )
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [
-            _identity(part, inside)
-            for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-        ]
-    if isinstance(value, functools.partial):
-        return [_identity(part, inside) for part in (value.func, value.args, value.keywords)]
-    if dataclasses.is_dataclass(value):
-        return [
-            _identity(getattr(value, field.name), inside) for field in dataclasses.fields(value)
-        ]
-    if isinstance(value, Mapping):
-        return [(_identity(k, inside), _identity(v, inside)) for k, v in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [_identity(item, inside) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(repr(_identity(item, inside)) for item in value)
-    text = repr(value)
-    if " at 0x" in text:
-        named = value if hasattr(value, "__qualname__") else type(value)
-        text = f"{named.__module__}.{named.__qualname__}"
-    return text

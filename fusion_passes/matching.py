@@ -40,6 +40,7 @@ from fusion_passes.operations import (
     uncut,
 )
 
+aten = torch.ops.aten
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -239,7 +240,10 @@ class Matcher:
             return self._capture(self.compiled.leaves[pattern_base], pattern_map, chain)
         base, mapping = chain[-1]
         if uncut([node for node, _ in chain])[1] != uncut([node for node, _ in pattern_chain])[1]:
-            return self._fail(reader, f"{_name(reader)} reads only some rows of {_name(base)}")
+            return self._fail(
+                reader,
+                f"{_name(reader)} reads only a part of {_name(base)}: {_part(found, base)}",
+            )
         if not is_constant(base):
             self.match.maps.append((pattern_map, mapping, reader))
         return self._unify(pattern_base, base)
@@ -428,7 +432,15 @@ def _name(value: Any) -> str:
 
 
 def _found(node: fx.Node, operation: Operation | None) -> str:
-    return f"{_short(operation.name)} ({node.name})" if operation else f"{node.op} {node.name}"
+    if operation is None:
+        return f"{node.op} {node.name}"
+    cut = f", {_part(node, node.args[0])}" if node.target is aten.slice.Tensor else ""
+    return f"{_short(operation.name)} ({node.name}){cut}"
+
+
+def _part(node: fx.Node, source: Any) -> str:
+    part, whole = (f"[{', '.join(map(str, shape_of(each)))}]" for each in (node, source))
+    return f"{part} of {whole}"
 
 
 def _other(

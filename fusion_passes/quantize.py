@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusion_passes.coded import Coded, straight_through
 from fusion_passes.weight_reads import weights_read
 
 __all__ = ["Fp8BlockLinear", "Fp8TokenLinear", "Int8TokenLinear", "load_fp8_block_", "quantize_"]
@@ -18,7 +19,7 @@ __all__ = ["Fp8BlockLinear", "Fp8TokenLinear", "Int8TokenLinear", "load_fp8_bloc
 BLOCK = 128
 
 
-class Fp8BlockLinear(nn.Linear):
+class Fp8BlockLinear(Coded, nn.Linear):
     """A linear with block-scaled FP8 weights and activations quantized on the fly, in plain PyTorch.
 
     The tensors are those of DeepSeek-V3 and Qwen3-FP8 checkpoints: ``weight`` float8_e4m3fn [out_features,
@@ -72,6 +73,11 @@ class Fp8BlockLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(self, x)
+        rounded = straight_through(self._round_trip, x)
+        weight = dequantize_weight(self.weight, self.weight_scale_inv, x.dtype)
+        return F.linear(rounded, weight, self.bias)
+
+    def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
         padding = -self.in_features % BLOCK
         groups = F.pad(x, (0, padding)) if padding else x
         groups = groups.float().unflatten(-1, (-1, BLOCK))
@@ -81,11 +87,7 @@ class Fp8BlockLinear(nn.Linear):
         scale = amax / amax.new_full((), 448.0)
         codes = (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
-        if padding:
-            dequantized = dequantized[..., : self.in_features]
-        return F.linear(
-            dequantized, dequantize_weight(self.weight, self.weight_scale_inv, x.dtype), self.bias
-        )
+        return dequantized[..., : self.in_features] if padding else dequantized
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
@@ -99,7 +101,7 @@ def _check_input(linear: nn.Linear, x: torch.Tensor) -> None:
         )
 
 
-class _TokenLinear(nn.Linear):
+class _TokenLinear(Coded, nn.Linear):
     """What Fp8TokenLinear and Int8TokenLinear share: everything but their codes."""
 
     code_dtype: ClassVar[torch.dtype]
@@ -145,10 +147,13 @@ class _TokenLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(self, x)
-        codes, scale = self.quantize(x)
-        dequantized = (codes.float() * scale).to(x.dtype)
+        rounded = straight_through(self._round_trip, x)
         weight = (self.weight.float() * self.weight_scale).to(x.dtype)
-        return F.linear(dequantized, weight, self.bias)
+        return F.linear(rounded, weight, self.bias)
+
+    def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = self.quantize(x)
+        return (codes.float() * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         codes = str(self.code_dtype).removeprefix("torch.")
@@ -262,7 +267,12 @@ def quantize_(
             and not {"lora_A", "lora_B"} & set(name.split("."))
         )
     )
-    linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    # one whose weight is no parameter computes it in a hook, from others: pruned, or normalized
+    linears = [
+        (name, m)
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and "weight" in m._parameters
+    ]
     chosen = [(name, m) for name, m in linears if take(name, m)]
     if filter is None:
         chosen = _without_weights_read(model, chosen)
@@ -313,8 +323,22 @@ def check_dtype(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} is {weight.dtype}; accepted: torch.bfloat16, torch.float16")
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, whose hooks and mode it takes over."""
     parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    for hooks in _HOOKS:  # the very dictionaries, which the handles of hooks know
+        setattr(module, hooks, getattr(old, hooks))
+    module.train(old.training)
     setattr(model.get_submodule(parent), child, module)
 
 

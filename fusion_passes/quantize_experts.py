@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion_passes import transformers_experts
+from fusion_passes.coded import Coded, straight_through
 from fusion_passes.quantize import BLOCK, check_dtype, quantize_weight
 
 __all__ = ["Fp8BlockExperts", "experts_of", "merge_checkpoint", "routers_of"]
@@ -17,7 +18,7 @@ __all__ = ["Fp8BlockExperts", "experts_of", "merge_checkpoint", "routers_of"]
 _PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class Fp8BlockExperts(nn.Module):
+class Fp8BlockExperts(Coded):
     """Experts with block-scaled FP8 weights and activations quantized on the fly, in plain PyTorch.
 
     In place of a module of experts of transformers, whose arithmetic between the products it keeps. The tensors are
@@ -42,6 +43,7 @@ class Fp8BlockExperts(nn.Module):
         for name in [name for name in _PRODUCTS if hasattr(experts, name)]:
             weight: Tensor = getattr(experts, name).detach()
             check_dtype(name, weight)
+            self.compute_dtype = weight.dtype
             codes, scales = _quantize(weight.transpose(1, 2) if experts.is_transposed else weight)
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale_inv", scales)
@@ -156,6 +158,10 @@ class _Dequantized:
 
 def round_trip(x: Tensor) -> Tensor:
     """[..., K] quantized to FP8 in groups of 128 channels, and dequantized to its dtype again."""
+    return straight_through(_round_trip, x)
+
+
+def _round_trip(x: Tensor) -> Tensor:
     channels = x.shape[-1]
     padding = -channels % BLOCK
     groups = (F.pad(x, (0, padding)) if padding else x).float().unflatten(-1, (-1, BLOCK))

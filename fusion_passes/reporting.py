@@ -9,13 +9,14 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import sympy
 
 from custom_ops.jit.kernel import Problem
+from fusion_passes import settings
 
 __all__ = ["NearMiss", "Report", "Site", "add", "report", "reports", "reset_reports"]
 
@@ -107,9 +108,16 @@ class Report:
         with console.capture() as capture:
             for table in self._tables():
                 console.print(table)
+            if idle := self._idle:
+                console.print(f"on, and fired nowhere: {', '.join(idle)}")
             for note in self.notes:
                 console.print(f"note: {note}")
         return capture.get().rstrip()
+
+    @property
+    def _idle(self) -> list[str]:
+        """The fusions that are on and did not fire: most of them, in most graphs, so that they get no row each."""
+        return [name for name, (on, _) in self.states.items() if on and name not in self.matches]
 
     def _tables(self) -> Iterable[Any]:
         from rich.table import Table
@@ -121,8 +129,9 @@ class Report:
         )
         for column in ("fusion", "fired", "bytes saved", "at the sizes seen", "state"):
             table.add_column(column, overflow="fold")
-        saved = self.bytes_saved
-        for name, (on, why) in self.states.items():
+        saved, idle = self.bytes_saved, set(self._idle)
+        rows = [(name, *state) for name, state in self.states.items() if name not in idle]
+        for name, on, why in sorted(rows, key=lambda row: not row[1]):  # what fired first
             expression, here = saved.get(name, ("", None))
             fired = str(self.matches.get(name, 0)) if on else "off"
             table.add_row(name, fired, str(expression), "" if here is None else f"{here:,}", why)
@@ -161,7 +170,9 @@ def publish(new: Report, destination: bool | Path) -> None:
     if destination is True:
         print(new)
     elif destination:
-        write(Path(destination), "[" + ",\n".join(each.to_json() for each in reports()) + "]\n")
+        text = "[" + ",\n".join(each.to_json() for each in reports()) + "]\n"
+        with settings.naming("report", destination):
+            write(Path(destination), text)
 
 
 def write(path: Path, text: str) -> None:
@@ -173,13 +184,23 @@ def write(path: Path, text: str) -> None:
 
 
 def report() -> Report:
-    """The report of the latest compilation. Raises LookupError when nothing was compiled yet."""
+    """The report of the latest compilation, with a note of what fired in the others.
+
+    Raises LookupError when nothing was compiled yet.
+    """
     with _lock:
         if not _reports:
             raise LookupError(
                 "no graph was compiled with fusion_passes yet: call the compiled model first"
             )
-        return _reports[-1]
+        *others, latest = _reports
+    if not others:
+        return latest
+    # a call may break into several graphs, the last of which has nothing to fuse
+    fired = sum((Counter(other.matches) for other in others), Counter())
+    what = ", ".join(f"{count} {name}" for name, count in fired.items()) or "nothing"
+    note = f"the latest of {len(others) + 1} graphs; fired in the others (fusion_passes.reports()): {what}"
+    return replace(latest, notes=[*latest.notes, note])
 
 
 def reports() -> list[Report]:

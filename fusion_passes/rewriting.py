@@ -97,6 +97,11 @@ class Rewrite:
     def call(self, op_name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Emit a custom op. Raises :class:`NotRewritten` where only its reference could run, unless allowed."""
         op = custom_ops.ops()[op_name]
+        takes_a_dtype = any(isinstance(value, torch.dtype) for value in op.defaults.values())
+        if takes_a_dtype and torch_internals.package_garbles_dtypes():
+            raise NotRewritten(
+                f"{op_name} takes a dtype, and in a package of torch {torch.__version__} it gets another one"
+            )
         choice = choose(op, args, kwargs)
         assert choice.implementation is not None
         name = choice.implementation.name
@@ -243,3 +248,28 @@ def _split_lead(shape: Sequence[Size], last: Size) -> tuple[Size, ...]:
             f"a tensor of shape {tuple(shape)} cannot be viewed with a last dimension of {last}"
         )
     return (lead,)
+
+
+def would_cycle(match: Match | Place) -> bool:
+    """Whether an input of the match depends on one of its outputs by a way outside of it."""
+    inside = set(match.nodes.values())
+    outputs = [node for node in match.outputs if node is not match.outputs[0]]
+    outside = [
+        user
+        for node in outputs
+        for user in node.users
+        if user not in inside and user < match.outputs[0]
+    ]
+    if not outside:
+        return False
+    first = min(outside)
+    stack = [chain[0][0] for chain in match.captured.values()]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in outside:
+            return True
+        if node not in seen and not node < first:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False

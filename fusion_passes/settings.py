@@ -181,13 +181,17 @@ class Settings(BaseSettings):
         return wanted.base == "default" and not named
 
     def cache_key(self) -> tuple[Any, ...]:
-        """Exactly what changes the compiler's output; the order of a list does not count."""
+        """Exactly what changes the compiler's output; the order of a list does not count.
+
+        Strict is part of it: a graph that is found under this key was compiled with it, and so held what was named.
+        """
         wanted = self.fusion_list
         return (
             ("fusions", wanted.base, tuple(sorted(wanted.added)), tuple(sorted(wanted.removed))),
             ("toggles", tuple(sorted(self.toggles.items()))),
             ("allow_reference", self.allow_reference),
             ("verify", self.verify),
+            ("strict", self.strict),
             ("overlap_from", self.overlap_from),
         )
 
@@ -271,8 +275,17 @@ def patch(**values: Any) -> Iterator[Settings]:
         _patches.reset(token)
 
 
+@contextlib.contextmanager
+def naming(name: str, path: object) -> Iterator[None]:
+    """A file that cannot be written is an error of the setting that asks for it."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"{variable(name)}={path} cannot be written: {error}") from error
+
+
 def environment_table() -> list[tuple[str, str, str]]:
-    """(variable, accepted, meaning) for every variable: the table in the README."""
+    """(variable, accepted, meaning) for every variable: the table in `docs/configuration.md`."""
     rows = []
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra
@@ -331,15 +344,31 @@ def _read_environment(known: tuple[str, ...]) -> tuple[dict[str, Any], dict[str,
         if key not in valid:  # not even in another case: pydantic-settings reads those
             hint = _suggest(key.upper(), valid)
             raise SettingsError(f"environment: unknown variable {key}{hint}")
-        if (
-            not value or key in OPS_VARIABLES
-        ):  # empty is unset; custom_ops checks the values of its own
+        if key in OPS_VARIABLES:
+            _check_ops_variable(key)
+            continue
+        if not value:  # empty is unset
             continue
         name = settings.get(key) or fusions[key]
         origins[name] = f"{key}={value}"
         if key in fusions:
             toggles[name] = value
     return toggles, origins
+
+
+def _check_ops_variable(name: str) -> None:
+    """custom_ops checks its own values, but where it reads them: in a fusion, which would then only not fire."""
+    from custom_ops import library  # here, for importing this module must stay cheap
+    from custom_ops.moe import parts
+
+    checks = {
+        "CUSTOM_OPS_DISABLE": library.check_environment,
+        parts.CHUNK_VARIABLE: parts.chunk_tokens,
+    }
+    try:
+        checks.get(name, lambda: None)()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _bad_value(error: ValidationError, origins: dict[str, str]) -> SettingsError:

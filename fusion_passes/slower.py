@@ -1,7 +1,8 @@
 """The places that a fusion leaves to stock, because a measurement says that stock is faster there.
 
 A fusion is on where it pays, and may be behind at some sizes all the same. The map of sizes (``python -m bench.heat``)
-finds those, ``python -m bench tune`` writes them into the tables, and here a place is held against them.
+finds those, ``python -m bench tune`` writes them into the tables, and here a place is held against them. Of a fusion
+that was measured at some sizes, and has no map, the row that is nearest to a place decides.
 """
 
 from __future__ import annotations
@@ -46,9 +47,17 @@ class Left:
         return self._left[root]
 
     def _slower(self, fusion: Fusion, match: Match | Place) -> str | None:
-        if not isinstance(match, Match) or match.arithmetic is None:
+        if not isinstance(match, Match):
             return None
         tokens = match.sizes.get("num_tokens")
+        if fusion.measured_as is not None and tokens is not None:
+            bounds = torch_internals.size_bounds(tokens, match.graph)
+            sizes = fusion.measured_as(match)
+            if sizes is None:
+                return None
+            return tables.slower_nearby(fusion.name, self.arch, sizes, bounds)
+        if match.arithmetic is None:
+            return None
         width = [match.sizes[name] for name in _WIDTH if name in match.sizes]
         product = custom_ops.ops()["block_scaled_mm"].overload
         if (

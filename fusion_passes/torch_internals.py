@@ -27,12 +27,14 @@ __all__ = [
     "inductor_default",
     "inductor_mode_options",
     "is_supported",
+    "package_garbles_dtypes",
     "real_tensors",
     "reset_cudagraphs",
     "size_hint",
     "size_to_expr",
     "tidy",
     "trace_pattern",
+    "written",
     "zeros_of",
 ]
 
@@ -130,6 +132,18 @@ def tidy(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def written(node: fx.Node) -> fx.Node:
+    """Have Inductor write a value to memory, for readers that would each compute it again; returns what they read."""
+    from torch._inductor.inductor_prims import force_stride_order
+
+    value = node.meta["val"]
+    with node.graph.inserting_after(node):
+        kept = node.graph.call_function(force_stride_order, (node, list(value.stride())))
+    kept.meta = {**node.meta, "val": value}
+    node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+    return kept
+
+
 def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
     """The Inductor options behind ``torch.compile(mode=...)``."""
     if mode is None or mode == "default":
@@ -182,6 +196,24 @@ def inductor_default(option: str) -> Any:
     from torch._inductor import config
 
     return getattr(config, option)
+
+
+def wrapper_is_cpp() -> bool:
+    """Whether Inductor writes the calls of this compilation's kernels in C++, as it does for a package."""
+    from torch._inductor import config
+
+    return bool(config.cpp_wrapper)
+
+
+def package_garbles_dtypes() -> bool:
+    """Whether this compilation makes a package whose ops get another dtype than the graph says.
+
+    Up to torch 2.11 a package has the number that an exported program has for a dtype, and its op takes it for
+    PyTorch's own: float8_e4m3fn arrives as uint64. 2.13 is right, 2.12 was not tried.
+    """
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 def reset_cudagraphs() -> None:

@@ -1,6 +1,7 @@
 """Which linears of a model do more than multiply: their weight is read by the code around them as well.
 
-T5 casts what goes into ``self.wo`` to ``self.wo.weight.dtype``, Mamba multiplies by ``self.dt_proj.weight`` itself.
+T5 casts what goes into ``self.wo`` to ``self.wo.weight.dtype``, Mamba multiplies by ``self.dt_proj.weight`` itself,
+and torch's ``TransformerEncoderLayer`` hands both of its weights to one op, where nothing is trained.
 Where such a weight became 8-bit codes, a model would compute with codes that nobody scaled, and say nothing.
 """
 
@@ -51,7 +52,7 @@ def _reads(owner: type) -> set[str]:
     paths: set[str] = set()
     overridden: set[str] = set()
     for base in owner.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
+        if base in (nn.Module, object):
             continue
         for name, method in vars(base).items():
             if inspect.isfunction(method) and name not in overridden | _SETTING_UP:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_a_wheel_holds_sources_of_kernels_and_tables(tmp_path):
         }
         assert wanted - names == set()
     assert not [name for name in names if name.startswith(("tests", "bench"))]
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_the_pages_that_the_readme_leads_to(tmp_path):
+    clone = tmp_path / "clone"
+    for package in ("custom_ops", "fusion_passes", "docs"):
+        shutil.copytree(
+            ROOT / package, clone / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, clone)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = (clone / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir()} <= names
+    assert "README.md" in names
 
 
 def test_requirements():

@@ -1,4 +1,4 @@
-"""A decoder layer of the shape of Llama-3-8B, with block-FP8 linear layers, from transformers.
+"""A decoder layer of the shape of Llama-3-8B, with block-FP8 linear layers, from transformers; its rotary embedding.
 
 Stock `torch.compile` of the same FP8 module is the baseline; the bfloat16 model that it was made from shows
 what FP8 is worth at all.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.case import Case, Inputs, Target, Thunk, activation, close
 
 FULL = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
+HEAD_DIM = FULL["hidden"] // FULL["heads"]
 TINY = {"hidden": 256, "intermediate": 256, "heads": 4, "kv_heads": 2}
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
@@ -68,6 +69,47 @@ def decoder_layer(model: nn.Module, hidden_states: Tensor) -> Tensor:
     return model(hidden_states)
 
 
+def rotary_embedding(
+    q: Tensor, k: Tensor, positions: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As transformers computes it, angles included. q, k: [1, tokens, heads * HEAD_DIM]."""
+    angles = (inverse[None, :, None].float() @ positions[:, None, :].float()).transpose(1, 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = (wave.to(q.dtype).unsqueeze(1) for wave in (angles.cos(), angles.sin()))
+
+    def rotated(x: Tensor) -> Tensor:
+        x = x.view(*x.shape[:-1], -1, HEAD_DIM).transpose(1, 2)
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    return rotated(q), rotated(k)
+
+
+def _rotary_inputs(device: torch.device, tokens: int) -> Inputs:
+    kv = FULL["hidden"] * FULL["kv_heads"] // FULL["heads"]
+    inverse = 5e5 ** -(torch.arange(0, HEAD_DIM, 2, device=device).float() / HEAD_DIM)
+    return (
+        activation(device, 1, tokens, FULL["hidden"]),
+        activation(device, 1, tokens, kv),
+        torch.arange(tokens, device=device)[None],
+        inverse,
+    )
+
+
+def _rotary_case(tokens: int) -> Case:
+    heads = FULL["heads"] + FULL["kv_heads"]
+    return Case(
+        name="rotary_embedding",
+        sizes={"tokens": tokens, "heads": heads, "head_dim": HEAD_DIM},
+        inputs=partial(_rotary_inputs, tokens=tokens),
+        plain=rotary_embedding,
+        check=close(1e-2),
+        fusion="rotary_table",
+        moved_bytes=4 * tokens * heads * HEAD_DIM,
+        targets=(Target("of_inductor", 0.97),),
+    )
+
+
 def bf16_inductor(inputs: Inputs, tiny: bool) -> Thunk:
     hidden_states = inputs[1]
     compiled = torch.compile(models(hidden_states.device, tiny)[1], dynamic=False)
@@ -97,3 +139,5 @@ def cases(tiny: bool = False) -> Iterator[Case]:
             others={"bf16_inductor": partial(bf16_inductor, tiny=tiny)},
             targets=(small,) if tokens <= 64 else (large,) if tokens == 4096 else (),
         )
+    for tokens in () if tiny else (256, 1024, 4096, 16384):
+        yield _rotary_case(tokens)

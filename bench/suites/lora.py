@@ -25,6 +25,8 @@ MIXED = ((64, 64), (1024, 8), (1024, 64))  # (tokens, adapters) that the issue n
 RANKS = (8, 16, 32, 64, 128, 256)
 ADAPTERS = (1, 8, 32, 128)
 HIDDEN = (1024, 4096, 8192, 16384)
+LLAMA = ((1024, 4096), (14336, 4096), (4096, 14336))  # N, K of Llama-3-8B, beside 4096 and 4096
+LLAMA_TOKENS = (1, 32, 256, 2048)  # of 32 adapters
 # tokens -> least time of the base over ours
 SINGLE_BARS = {1: 1 / 1.35, 64: 1 / 1.35, 1024: 1 / 1.15, 8192: 1 / 1.15}
 MIXED_BARS = {(1024, 8): 1 / 1.3, (1024, 64): 1 / 1.3}
@@ -72,6 +74,7 @@ def _base_of_single(inputs: Inputs) -> Thunk:
 def single_cases(tiny: bool) -> Iterator[Case]:
     sizes = [(m, 4096, 4096, 16) for m in TOKENS]
     sizes += [(64, 4096, 4096, rank) for rank in RANKS if rank != 16]
+    sizes += [(m, 4096, 4096, rank) for m in (1, 1024, 8192) for rank in (8, 64, 256)]
     sizes += [(m, hidden, hidden, 16) for m in (1, 64, 1024) for hidden in HIDDEN if hidden != 4096]
     for float32, (m, n, k, rank) in itertools.product(
         (False, True), [(5, 32, 64, 4)] if tiny else sizes
@@ -157,40 +160,39 @@ def _base_of_mixed(inputs: Inputs) -> Thunk:
 
 
 def mixed_cases(tiny: bool) -> Iterator[Case]:
-    sizes = [(m, adapters, 4096, 16, False) for m, adapters in MIXED]
-    sizes += [(m, 1, 4096, 16, True) for m in TOKENS]
-    sizes += [(64, 8, 4096, rank, False) for rank in RANKS]
-    sizes += [(256, n, 4096, 16, order) for n in ADAPTERS for order in (False, True)]
-    sizes += [(64, 8, hidden, 16, False) for hidden in HIDDEN if hidden != 4096]
-    for m, adapters, hidden, rank, in_order in [(5, 3, 32, 4, False)] if tiny else sizes:
-        bar = MIXED_BARS.get((m, adapters)) if hidden == 4096 else None
-        named = (m, adapters) in MIXED and (hidden, rank) == (4096, 16)
+    square = [(m, adapters, 4096, 16, False) for m, adapters in MIXED]
+    square += [(m, 1, 4096, 16, True) for m in TOKENS]
+    square += [(64, 8, 4096, rank, False) for rank in RANKS]
+    square += [(256, n, 4096, 16, order) for n in ADAPTERS for order in (False, True)]
+    square += [(64, 8, hidden, 16, False) for hidden in HIDDEN if hidden != 4096]
+    sizes = [(m, adapters, n, n, rank, order) for m, adapters, n, rank, order in square]
+    sizes += [
+        (m, min(m, 32), n, k, 16, False) for m in LLAMA_TOKENS for n, k in ((4096, 4096), *LLAMA)
+    ]
+    for m, adapters, n, k, rank, in_order in (
+        [(5, 3, 32, 32, 4, False)] if tiny else dict.fromkeys(sizes)
+    ):
+        bar = MIXED_BARS.get((m, adapters)) if n == k == 4096 else None
+        named = (m, adapters) in MIXED and (n, k, rank) == (4096, 4096, 16)
         yield Case(
             name="lora_named_batch" if named else "lora_linear",
             sizes={
                 "tokens": m,
                 "adapters": adapters,
-                "n": hidden,
-                "k": hidden,
+                "n": n,
+                "k": k,
                 "rank": rank,
                 "sorted": int(in_order),
             },
             inputs=partial(
-                mixed_inputs,
-                m=m,
-                adapters=adapters,
-                n=hidden,
-                k=hidden,
-                rank=rank,
-                in_order=in_order,
+                mixed_inputs, m=m, adapters=adapters, n=n, k=k, rank=rank, in_order=in_order
             ),
             plain=_mixed_plain,
             check=close(CLOSE),
             op="lora_linear",
             op_args=_mixed_args,
-            moved_bytes=2 * (2 * m * hidden + hidden * hidden)
-            + 4 * min(m, adapters) * rank * hidden,
-            flops=2 * m * hidden * hidden + 4 * m * rank * hidden,
+            moved_bytes=2 * (m * (n + k) + n * k) + 2 * min(m, adapters) * rank * (n + k),
+            flops=2 * m * n * k + 2 * m * rank * (n + k),
             others={"base": _base_of_mixed, "peft_mixed": peft_mixed}
             | _ways("batch", m, rank, False),
             targets=(Target("of_base", bar),) if bar else (),

@@ -36,8 +36,9 @@ __device__ __forceinline__ float power_of_two(float scale) {
   return bits <= 0x400000u ? __uint_as_float(0x400000u) : __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
 }
 
-// The rules of nearly every launch: scale amax / 448, or / 127 for int8, as it comes, and codes x / scale.
-enum class Usual { no, fp8, int8 };
+// The rules of nearly every launch: scale amax / 448, or / 127 for int8, as it comes, and codes x / scale. With
+// fp8_in_input the scale is rounded to the dtype of x, as torchao's is, and may come of a product.
+enum class Usual { no, fp8, int8, fp8_in_input };
 
 inline Usual usual(const QuantRule& r) {
   const bool plain = r.code_mode == CodeMode::divide && r.scale_divides && !r.scale_in_input && !r.or_one &&
@@ -56,8 +57,8 @@ __device__ __forceinline__ QuantRule known(const QuantRule& given) {
     rule.min_scale = 0.0f;
     rule.code_mode = CodeMode::divide;
     rule.int8 = U == Usual::int8;
-    rule.scale_divides = true;
-    rule.scale_in_input = false;
+    if (U != Usual::fp8_in_input) rule.scale_divides = true;
+    rule.scale_in_input = U == Usual::fp8_in_input;
     rule.or_one = false;
     rule.power_of_two = false;
   }
@@ -80,8 +81,8 @@ __device__ __forceinline__ float scale_of(float amax, const QuantRule& rule) {
 
 template <Usual U>
 __device__ __forceinline__ bool is_quick(float amax, float scale, const QuantRule& rule) {
-  // A usual scale is quick with its amax, which is there earlier.
-  if (U != Usual::no) return amax >= kExactAmax && amax <= FLT_MAX;
+  // A usual scale is quick with its amax, which is there earlier, if no float16 can have rounded it to a subnormal.
+  if (U == Usual::fp8 || U == Usual::int8) return amax >= kExactAmax && amax <= FLT_MAX;
   return amax >= kExactAmax && scale >= rule.least_quick_scale && scale <= kLargestQuickScale;
 }
 

@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMostTiles = 65535;  // of a row: the limit of a grid's second dimension
+// So many elements of rows by pair are read for less than it takes to find out first which of them are somebody's.
+constexpr int64_t kReadAtOnce = 1 << 20;
 
 struct Here {
   static constexpr int kRows = 0;
@@ -107,7 +109,8 @@ __device__ __forceinline__ void add_product(float (&sum)[kVec], const Vec<T>& v,
   }
 }
 
-template <typename T, bool Aligned>
+// AtOnce: so few rows by pair that they are read before it is known which of them count.
+template <typename T, bool Aligned, bool AtOnce>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumArgs p) {
   constexpr int kBatch = 8;  // loads under way together
   const int lane = threadIdx.x % 32;
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
     int64_t own = -1;
     float own_weight = 0.0f;
     if (k < p.top_k) {
-      own = row_of_pair_of(p, token * p.top_k + k);
+      if (!AtOnce) own = row_of_pair_of(p, token * p.top_k + k);
       const int64_t at = token * p.weight_stride + k * p.weight_step;
       own_weight = p.weights_are_float32 ? __ldcg(static_cast<const float*>(p.weights) + at)
                                          : to_float(__ldcg(static_cast<const T*>(p.weights) + at));
@@ -130,11 +133,23 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
     for (int batch = 0; batch < count; batch += kBatch) {
       Vec<T> v[kBatch];
       bool here[kBatch];
+      if constexpr (AtOnce) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int64_t row = token * p.top_k + first + batch + i;
+          if (batch + i < count && exists) {
+            v[i] = load_written<T, Aligned>(row_of<T>(p.rows, row), col, p.cols, p.rows.col_stride);
+          }
+        }
+        if (batch == 0 && k < p.top_k) own = row_of_pair_of(p, token * p.top_k + k);
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int64_t row = __shfl_sync(kAllLanes, own, (batch + i) % 32);
         here[i] = batch + i < count && row >= 0 && exists;
-        if (here[i]) v[i] = load_written<T, Aligned>(row_of<T>(p.rows, row), col, p.cols, p.rows.col_stride);
+        if constexpr (!AtOnce) {
+          if (here[i]) v[i] = load_written<T, Aligned>(row_of<T>(p.rows, row), col, p.cols, p.rows.col_stride);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -203,7 +218,10 @@ cudaError_t sum(const SumArgs& p, cudaStream_t stream) {
   bool early;
   const cudaError_t error = can_begin_early(early);
   if (error != cudaSuccess) return error;
-  const auto kernel = vectorizable(p.rows, p.cols) ? sum_kernel<T, true> : sum_kernel<T, false>;
+  const bool at_once = p.row_of_pair == nullptr && p.tokens * p.top_k * p.cols <= kReadAtOnce;
+  const auto kernel = !vectorizable(p.rows, p.cols) ? sum_kernel<T, false, false>
+                      : at_once                     ? sum_kernel<T, true, true>
+                                                    : sum_kernel<T, true, false>;
   return launch_kernel(kernel, grid.blocks, grid.threads, 0, stream, early, p);
 }
 

@@ -15,11 +15,35 @@ namespace {
 constexpr int kWarps = 4;
 constexpr uint32_t kRemoved = 0;  // below the key of every float
 
-// No read-only loads: the kernel that writes the logits may have run beside this one.
-__device__ __forceinline__ float load_float(const void* p, Float type, int64_t i) {
-  if (type == Float::float32) return __ldcg(static_cast<const float*>(p) + i);
-  if (type == Float::bfloat16) return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(p) + i));
-  return __half2float(__ldcg(static_cast<const __half*>(p) + i));
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+
+// Those of lane's own experts, where there are any. All loads are under way together, which they are not where each of
+// them asks for its dtype. No read-only loads: the kernel that writes the logits may have run beside this one.
+template <typename T, int Items>
+__device__ __forceinline__ void load_typed(float (&v)[Items], const void* p, int64_t first, int64_t step, int count) {
+  T raw[Items];
+#pragma unroll
+  for (int i = 0; i < Items; ++i) {
+    if (i * 32 < count) raw[i] = __ldcg(static_cast<const T*>(p) + first + i * 32 * step);
+  }
+#pragma unroll
+  for (int i = 0; i < Items; ++i) {
+    if (i * 32 < count) v[i] = to_float(raw[i]);
+  }
+}
+
+template <int Items>
+__device__ __forceinline__ void load_floats(float (&v)[Items], const void* p, Float type, int64_t first, int64_t step,
+                                            int count) {
+  if (type == Float::float32) {
+    load_typed<float>(v, p, first, step, count);
+  } else if (type == Float::bfloat16) {
+    load_typed<__nv_bfloat16>(v, p, first, step, count);
+  } else {
+    load_typed<__half>(v, p, first, step, count);
+  }
 }
 
 __device__ __forceinline__ void store_float(void* p, Float type, int64_t i, float v) {
@@ -145,14 +169,12 @@ __global__ void __launch_bounds__(kWarps * 32, 4) route_kernel(const __grid_cons
   float bias[Items];
 #pragma unroll
   for (int i = 0; i < Items; ++i) {
-    const int expert = i * 32 + lane;
     score[i] = -INFINITY;
     bias[i] = 0.0f;
-    if (expert < p.experts) {
-      score[i] = load_float(p.logits, p.logits_type, token * p.row_stride + expert);
-      if (p.bias != nullptr) bias[i] = load_float(p.bias, p.bias_type, expert * p.bias_stride);
-    }
   }
+  const int count = p.experts - lane;
+  load_floats(score, p.logits, p.logits_type, token * p.row_stride + lane, 1, count);
+  if (p.bias != nullptr) load_floats(bias, p.bias, p.bias_type, lane * p.bias_stride, p.bias_stride, count);
 
   uint32_t key[Items];
   if (p.by_logits) {

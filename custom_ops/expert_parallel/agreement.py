@@ -83,7 +83,7 @@ def agree_once(op: str, group: str, device: torch.device, about: Mapping[str, An
     For implementations in which the host waits for nobody, or not at once: a rank that goes on with other sizes later
     is found by the time-out. Raises RuntimeError if that first time is inside a CUDA graph capture.
     """
-    key = (op, group, device, *about.values())
+    key = (op, group, groups.number(op, group), device, *about.values())
     if key in _agreed:
         return
     groups.refuse_capture(op)

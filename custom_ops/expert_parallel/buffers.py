@@ -1,7 +1,8 @@
 """The communication buffers of DeepEP: one for each group, size and batch, made on first use, freed at exit.
 
 Making one is collective: every rank of the group makes the same ones in the same order, which it does if it calls the
-ops in the same order. Freeing one waits for the other ranks, so none is freed after an exchange has failed.
+ops in the same order. Freeing one waits for the other ranks, so none is freed after an exchange has failed, and none
+whose group made room for another of its name, of which nobody knows whether it has the same ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextvars
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ COMBINE_CHUNK = {2: 10, 4: 9, 8: 4}
 QUEUE_TOKENS = 256
 LEAST_QUEUE_PAIRS = 24  # DeepEP's default
 
+# By group, its number (`groups.number`), mode, sizes and batch.
 _buffers: dict[tuple[Any, ...], Any] = {}
 _batch = contextvars.ContextVar("_batch", default=0)
 _failed = False
@@ -51,7 +54,7 @@ def batch(which: int) -> Iterator[None]:
 
 def high_throughput(op: str, group: str, row_bytes: int) -> Any:
     """The `deep_ep.Buffer` for rows of at most so many bytes."""
-    key = (group, "high_throughput", row_bytes, _batch.get())
+    key = (group, groups.number(op, group), "high_throughput", row_bytes, _batch.get())
     if key not in _buffers:
         deep_ep, ranks = package(), groups.size(op, group)
         size = max(
@@ -64,7 +67,7 @@ def high_throughput(op: str, group: str, row_bytes: int) -> Any:
 
 def low_latency(op: str, group: str, max_tokens: int, hidden: int, num_experts: int) -> Any:
     """The `deep_ep.Buffer` in low-latency mode for so many tokens of each rank."""
-    key = (group, "low_latency", max_tokens, hidden, num_experts)
+    key = (group, groups.number(op, group), "low_latency", max_tokens, hidden, num_experts)
     if key not in _buffers:
         deep_ep, ranks = package(), groups.size(op, group)
         pairs = _queue_pairs(op, num_experts // ranks)
@@ -86,24 +89,31 @@ def low_latency(op: str, group: str, max_tokens: int, hidden: int, num_experts: 
 
 
 def elastic(op: str, group: str, max_tokens: int, hidden: int, top_k: int) -> Any:
-    """The `deep_ep.ElasticBuffer` for so many tokens of each rank; `deterministic`, or rows come in any order."""
-    key = (group, "elastic", max_tokens, hidden, top_k, _batch.get())
-    if key not in _buffers:
-        deep_ep = package()
-        _make(
-            op,
-            group,
-            key,
-            lambda pg: deep_ep.ElasticBuffer(
-                pg,
-                num_max_tokens_per_rank=max_tokens,
-                hidden=hidden,
-                num_topk=top_k,
-                deterministic=True,
-                allow_hybrid_mode=False,
-                explicitly_destroy=True,
-            ),
-        )
+    """A `deep_ep.ElasticBuffer` for so many tokens of each rank; `deterministic`, or rows come in any order.
+
+    One that was made for longer rows or for more experts of a token serves too: what one rank has, all have.
+    """
+    whose = (group, groups.number(op, group), "elastic")
+    for (*of, most, width, distinct, which), buffer in _buffers.items():
+        same = (*of, most, which) == (*whose, max_tokens, _batch.get())
+        if same and width >= hidden and distinct >= top_k:
+            return buffer
+    key = (*whose, max_tokens, hidden, top_k, _batch.get())
+    deep_ep = package()
+    _make(
+        op,
+        group,
+        key,
+        lambda pg: deep_ep.ElasticBuffer(
+            pg,
+            num_max_tokens_per_rank=max_tokens,
+            hidden=hidden,
+            num_topk=top_k,
+            deterministic=True,
+            allow_hybrid_mode=False,
+            explicitly_destroy=True,
+        ),
+    )
     return _buffers[key]
 
 
@@ -131,6 +141,12 @@ def combine_config(ranks: int) -> Any:
 
 def _make(op: str, group: str, key: tuple[Any, ...], make: Callable[[Any], Any]) -> None:
     groups.refuse_capture(op)
+    if any(of[0] == key[0] and of[1] != key[1] for of in _buffers):
+        warnings.warn(
+            f"{op}: buffers of an earlier group {group!r} keep their memory; call "
+            "custom_ops.expert_parallel.release_buffers() on every rank before destroy_process_group",
+            stacklevel=2,
+        )
     if not _buffers:
         atexit.register(_release_at_exit)
     _buffers[key] = make(groups.resolve(op, group))
@@ -155,9 +171,15 @@ def _release_at_exit() -> None:
 
 
 def release() -> None:
-    """Free all buffers, in the order in which they were made. Every rank calls it; it runs at exit by itself."""
+    """Free all buffers, in the order in which they were made. Every rank calls it; it runs at exit by itself.
+
+    To be called before `destroy_process_group` where another group is to be made after it.
+    """
     while _buffers:
-        key = next(iter(_buffers))
-        buffer = _buffers.pop(key)
-        if not _failed:
+        (group, number, mode, *_), buffer = next(iter(_buffers.items()))
+        del _buffers[next(iter(_buffers))]
+        now = groups.current(group)
+        # Without its group a Buffer still reaches its peers, over memory; an ElasticBuffer needs the communicator.
+        alive = now == number or (now is None and mode != "elastic")
+        if alive and not _failed:
             buffer.destroy()

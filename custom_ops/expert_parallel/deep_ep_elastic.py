@@ -54,6 +54,7 @@ def ep_dispatch(
             topk_weights=topk_weights.float().contiguous(),
             num_experts=num_experts,
             num_max_tokens_per_rank=max_tokens,
+            num_sms=buffers.SMS,  # its own estimate asks nvidia-smi how fast NVLink is
             do_cpu_sync=False,
         )
         watchdog.watch(op, group, x.device)

@@ -8,7 +8,9 @@ The time-out is that of the group: `init_process_group(..., timeout=)` or `new_g
 
 from __future__ import annotations
 
+import itertools
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +22,10 @@ from custom_ops.library import require
 # How long a rank that gave up waits for the others to say so too, before it names those that did not.
 _GRACE_SECONDS = 2.0
 # The part of a group's time-out after which this module gives up: before the watchdog of NCCL ends the process.
-_PATIENCE = 0.8
+PATIENCE = 0.8
+
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_number = itertools.count()
 
 
 class ExchangeError(RuntimeError):
@@ -43,6 +48,23 @@ def resolve(op: str, group: str) -> Any:
         f"{op}: group is {group!r}; accepted: the group_name of a process group of this process "
         "(torch.distributed.group.WORLD.group_name after init_process_group)"
     )
+
+
+def number(op: str, group: str) -> int:
+    """Which group of this process has that name now: one that is destroyed leaves its name to the next."""
+    pg = resolve(op, group)
+    found = _numbers.get(pg)
+    if found is None:
+        found = _numbers[pg] = next(_next_number)
+    return found
+
+
+def current(group: str) -> int | None:
+    """The `number` of the group of that name, or None where there is none any more."""
+    try:
+        return number("current", group)
+    except ValueError:
+        return None
 
 
 def size(op: str, group: str) -> int:
@@ -134,7 +156,7 @@ def most(op: str, group: str, count: int, device: torch.device) -> int:
     on_host.copy_(all_counts, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    seconds = _PATIENCE * timeout(resolve(op, group), device)
+    seconds = PATIENCE * timeout(resolve(op, group), device)
     deadline = time.monotonic() + seconds
     while not arrived.query():
         if time.monotonic() > deadline:
@@ -160,7 +182,7 @@ def _finish(op: str, group: str, start: Callable[[Any], Any], sent: Tensor, wait
         work = start(pg)
         # gloo's own time-out ends its wait; NCCL's ends the process, so that this one has to come first.
         if wait and sent.is_cuda:
-            seconds = _PATIENCE * timeout(pg, sent.device)
+            seconds = PATIENCE * timeout(pg, sent.device)
             deadline = time.monotonic() + seconds
             while not work.is_completed():
                 if time.monotonic() > deadline:

@@ -37,7 +37,7 @@ def ep_dispatch_low_latency(
     rows = torch.cat([as_bytes(column) for column in mine], 1)
     received = rows.new_empty((ranks * max_tokens, rows.shape[1]))
     groups.gather(op, group, rows, received)
-    watchdog.watch(op, group, x.device)
+    watchdog.watch(op, group, x.device, groups.PATIENCE)
     widths = [column.shape[1] * column.element_size() for column in mine]
     *parts, ids = (
         as_values(part, column)
@@ -80,7 +80,7 @@ def ep_combine_low_latency(
     sent = as_bytes(sent[: ranks * local * max_tokens])
     back, each = torch.empty_like(sent), [local * max_tokens] * ranks
     groups.exchange(op, group, sent, each, back, each, wait=False)
-    watchdog.watch(op, group, y.device)
+    watchdog.watch(op, group, y.device, groups.PATIENCE)
 
     values = as_values(back, y.flatten(0, 1))  # by expert of all, then by token
     tokens = torch.arange(len(topk_ids), device=y.device)

@@ -96,11 +96,15 @@ def _mind_own_captures() -> None:
 _watchdog = Watchdog()
 
 
-def watch(op: str, group: str, device: torch.device) -> None:
-    """Record an event behind what the current stream of a GPU was given, and look after it."""
+def watch(op: str, group: str, device: torch.device, patience: float = 1.0) -> None:
+    """Record an event behind what the current stream of a GPU was given, and look after it.
+
+    patience: the part of the group's time-out that it may take. `groups.PATIENCE` where NCCL moves the rows, whose own
+    watchdog ends the process at the time-out and knows no op.
+    """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     event = _watchdog.spare.pop() if _watchdog.spare else torch.cuda.Event()
     event.record()
-    seconds = groups.timeout(groups.resolve(op, group), device)
+    seconds = patience * groups.timeout(groups.resolve(op, group), device)
     _watchdog.add(op, group, event, seconds)

@@ -97,4 +97,5 @@ def _add(
     """base [S, N] += the adapters' products of x, in place. share: pairs, one after the other, that read a row of x."""
     count = base.shape[0]
     y = launch.shrink(x, (a.flatten(0, 1),), pairs, shrink_tile(count, True), share=share)
-    launch.expand(y, (b.flatten(0, 1),), base, scaling, pairs, base, expand_tile(count, True))
+    tile = expand_tile(count, True, y.shape[-1])
+    launch.expand(y, (b.flatten(0, 1),), base, scaling, pairs, base, tile)

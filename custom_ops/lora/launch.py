@@ -149,11 +149,12 @@ def prepare_shrink(
 
 
 def round_sums(y: Tensor, dtype: torch.dtype, dependent: bool = False) -> Tensor:
-    """The sum of y over its first dimension, rounded to dtype. y: as `shrink` returns it."""
+    """The sum of y over its first dimension, rounded to dtype. y: as `shrink` returns it, all of it."""
     if y.shape[0] == 1 and y.dtype == dtype:
         return y[0]
     out = torch.empty(y.shape[1:], dtype=dtype, device=y.device)
-    block = 1024
+    # few numbers in many small blocks: each sum waits for all of its splits
+    block, warps = (1024, 4) if out.numel() >= 1 << 17 else (128, 1)
     round_sums_kernel[(triton.cdiv(out.numel(), block),)](
         y,
         out,
@@ -161,7 +162,7 @@ def round_sums(y: Tensor, dtype: torch.dtype, dependent: bool = False) -> Tensor
         SPLITS=y.shape[0],
         BLOCK=block,
         DEPENDENT=dependent,
-        num_warps=4,
+        num_warps=warps,
         **_pdl(dependent),
     )
     return out

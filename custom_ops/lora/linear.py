@@ -18,6 +18,7 @@ from custom_ops.lora.launch import ExpandTile, LinearTile, ShrinkTile, Tokens
 from custom_ops.platform import on_device
 from custom_ops.scales import as_rows
 
+MAX_SPLIT_RANK = 64  # from where on the partial sums are added up by a kernel of their own
 FUSED_TILE = LinearTile(128, 256, 64, 8, 3, parts=2)
 
 
@@ -61,7 +62,7 @@ def lora_expand(
             scaling,
             Tokens(ranks, sorted_tokens, tiles),
             out.view(y.shape[1], columns),
-            expand_tile(y.shape[1], True),
+            expand_tile(y.shape[1], True, y.shape[2]),
         )
     return out
 
@@ -83,13 +84,13 @@ def lora_add(
     with on_device(x):
         y = launch.shrink(rows, a, tokens, shrink_tile(rows.shape[0], True), chained(x))
         launch.expand(
-            y,
+            summed(y, False, x.dtype, chained(x)),
             b,
             as_rows(base),
             scaling,
             tokens,
             out.view(-1, base.shape[-1]),
-            expand_tile(rows.shape[0], True),
+            expand_tile(rows.shape[0], True, y.shape[-1]),
             dependent=chained(x),
             after_shrink=True,
         )
@@ -160,7 +161,7 @@ def lora_linears_single(
     count, each = rows.shape[0], a[0].dtype == x.dtype
     outs = []
     with on_device(x):
-        parts = shrink_together(rows, a, shrink_tile(count, False), chained(x))
+        parts = shrink_together(rows, a, None, chained(x))
         for weight, bias, y, matrix, scaling in zip(
             weights, biases, parts, b, scalings, strict=True
         ):
@@ -178,7 +179,7 @@ def lora_linears_single(
                 )
             else:
                 out = torch.nn.functional.linear(rows, weight, bias)
-                tile = expand_tile(count, False)
+                tile = expand_tile(count, False, y.shape[-1])
                 launch.expand(y, (matrix,), out, scaling, None, out, tile, each=each)
             outs.append(out.view(*x.shape[:-1], weight.shape[0]))
     return outs
@@ -187,25 +188,28 @@ def lora_linears_single(
 def shrink_together(
     x: Tensor,
     a: Sequence[Tensor],
-    tile: ShrinkTile,
+    tile: ShrinkTile | None,
     dependent: bool = False,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Of each of several adapters y [splits, 1, T, rank]: one kernel for those of one rank and pitch.
 
-    dtype: the sums rounded to it, without splits; None for float32, as `launch.shrink` returns them.
+    tile: None for that of a layer alone. dtype: the sums rounded to it, without splits; None for float32, as
+    `launch.shrink` returns them, or `summed`.
     """
     alike: dict[tuple[int, int], list[int]] = {}
     for index, each in enumerate(a):
         alike.setdefault((each.shape[0], each.stride(0)), []).append(index)
     parts: dict[int, Tensor] = {}
-    for indices in alike.values():
+    for (rank, _), indices in alike.items():
         here = [a[index] for index in indices]
+        own = tile or shrink_tile(x.shape[0], False, rank=rank)
         if dtype is None:
-            y = launch.shrink(x, here, None, tile, dependent)
+            y = launch.shrink(x, here, None, own, dependent)
+            y = summed(y, here[0].dtype == x.dtype, x.dtype, dependent)
         else:
-            sums = dtype if tile.splits == 1 else torch.float32
-            y = launch.shrink(x, here, None, tile, dependent, sums)
+            sums = dtype if own.splits == 1 else torch.float32
+            y = launch.shrink(x, here, None, own, dependent, sums)
             y = launch.round_sums(y, dtype, dependent)[None]
         parts |= {index: y[:, at : at + 1] for at, index in enumerate(indices)}
     return [parts[index] for index in range(len(a))]
@@ -225,15 +229,16 @@ def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: floa
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     rows, a, b = as_rows(x), as_rows(a), as_rows(b)
     with on_device(x):
-        y = launch.shrink(rows, (a,), None, shrink_tile(rows.shape[0], False), chained(x))
+        tile = shrink_tile(rows.shape[0], False, rank=a.shape[0])
+        y = launch.shrink(rows, (a,), None, tile, chained(x))
         launch.expand(
-            y,
+            summed(y, a.dtype == x.dtype, x.dtype, chained(x)),
             (b,),
             as_rows(base),
             scaling,
             None,
             out.view(-1, base.shape[-1]),
-            expand_tile(rows.shape[0], False),
+            expand_tile(rows.shape[0], False, y.shape[-1]),
             each=a.dtype == x.dtype,
             dependent=chained(x),
             after_shrink=True,
@@ -247,7 +252,7 @@ def lora_shrink_single(x: Tensor, a: Sequence[Tensor]) -> Tensor:
     if any(each.stride(0) != a[0].stride(0) for each in a):
         a = [each.contiguous() for each in a]  # a kernel has one row pitch
     with on_device(x):
-        tile = shrink_tile(rows.shape[0], False)
+        tile = shrink_tile(rows.shape[0], False, rank=a[0].shape[0])
         y = launch.shrink(rows, a, None, tile, chained(x))
         return launch.round_sums(y, dtype, chained(x))
 
@@ -263,7 +268,7 @@ def lora_expand_single(y: Tensor, base: Tensor, b: Tensor, scaling: float) -> Te
             scaling,
             None,
             out.view(-1, base.shape[-1]),
-            expand_tile(y.shape[0], False),
+            expand_tile(y.shape[0], False, y.shape[1]),
             each=y.dtype == base.dtype,
         )  # not dependent: the kernel before it may be the one that makes B, which is read before the wait
     return out
@@ -283,21 +288,29 @@ def _with_blas(
     count = x.shape[0]
     batched = tokens is not None
     after = way == "after" and chained(x)
-    y, run_shrink = launch.prepare_shrink(x, a, tokens, shrink_tile(count, batched), after)
+    shrink = shrink_tile(count, batched, rank=a[0].shape[-2])
+    parts, run = launch.prepare_shrink(x, a, tokens, shrink, after)
+
+    def run_shrink() -> (
+        Tensor
+    ):  # what it allocates is of its stream, which waits for this one before it runs again
+        run()
+        return summed(parts, each, x.dtype, after)
+
     if way == "beside" and x.device.type == "cuda":
         main, side = torch.cuda.current_stream(), _side_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            run_shrink()
+            y = run_shrink()
         out = torch.nn.functional.linear(x, weight, bias)
         main.wait_stream(side)
     elif way == "after":
         out = torch.nn.functional.linear(x, weight, bias)
-        run_shrink()
+        y = run_shrink()
     else:
-        run_shrink()
+        y = run_shrink()
         out = torch.nn.functional.linear(x, weight, bias)
-    tile = expand_tile(count, batched)
+    tile = expand_tile(count, batched, y.shape[-1])
     order = {"dependent": after, "after_shrink": after}
     return launch.expand(y, b, out, scaling, tokens, out, tile, each=each, **order)
 
@@ -327,13 +340,16 @@ def fusible(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def shrink_tile(tokens: int, batched: bool, whole: bool = False) -> ShrinkTile:
+def shrink_tile(tokens: int, batched: bool, whole: bool = False, rank: int = 0) -> ShrinkTile:
     """Few tokens: many splits, since there are few tiles; many: as few partial sums as fill the GPU.
 
-    whole: without splits, for sums that are rounded where they are made.
+    whole: without splits, for sums that are rounded where they are made. rank: where `summed` adds them up, more splits
+    cost little.
     """
     if whole:
         return ShrinkTile(64, 64, 1, 4, 4)
+    if tokens <= 64 and rank > MAX_SPLIT_RANK and not batched:
+        return ShrinkTile(32, 128, 16, 4, 3)
     if tokens <= 64:
         return ShrinkTile(16, 256, 8, 4, 2)
     if batched:
@@ -343,7 +359,19 @@ def shrink_tile(tokens: int, batched: bool, whole: bool = False) -> ShrinkTile:
     return ShrinkTile(64, 128, 4, 4, 3)
 
 
-def expand_tile(tokens: int, batched: bool) -> ExpandTile:
+def expand_tile(tokens: int, batched: bool, rank: int) -> ExpandTile:
+    if batched and tokens > 512 and rank <= 16:
+        return ExpandTile(16, 512, 8)
     if batched or tokens <= 512:
         return ExpandTile(16, 128 if tokens <= 64 else 256, 4)
     return ExpandTile(64, 128, 4)
+
+
+def summed(y: Tensor, each: bool, dtype: torch.dtype, dependent: bool = False) -> Tensor:
+    """y as the shrink left it, or its sum where the expand, whose columns each read all of it, would read it too often.
+
+    each: rounded to dtype, where PEFT's layer rounds it; the expand would do so.
+    """
+    if y.shape[0] == 1 or y.shape[-1] <= MAX_SPLIT_RANK:
+        return y
+    return launch.round_sums(y, dtype if each else torch.float32, dependent)[None]

@@ -5,9 +5,11 @@ from custom_ops.moe.batched import fused_moe_batched
 from custom_ops.moe.ops import fused_moe
 from custom_ops.moe.permute import moe_permute, moe_permute_group_quant, moe_reduce, moe_unpermute
 from custom_ops.moe.routing import grouped_topk, topk_sigmoid, topk_softmax
+from custom_ops.moe.shared import fused_moe_and_shared
 
 __all__ = [
     "fused_moe",
+    "fused_moe_and_shared",
     "fused_moe_batched",
     "grouped_topk",
     "moe_align_block_size",

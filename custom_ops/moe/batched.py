@@ -219,6 +219,7 @@ def _check(
         code_mode=code_mode,
         hidden_scale=scale,
         out_dtype=out_dtype,
+        routed_experts=0,
     )
 
 

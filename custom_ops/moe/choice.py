@@ -63,10 +63,8 @@ def kind(problem: Problem) -> str:
 
 def expected_pairs(problem: Problem) -> int:
     """How many pairs a problem of known sizes has here, when tokens go to all experts alike."""
-    sizes, everywhere = problem.sizes, problem.sizes.num_experts
-    if problem.expert_map is not None:
-        everywhere = max(problem.expert_map.shape[0], 1)
-    return max(1, round(sizes.pairs * sizes.num_experts / max(everywhere, 1)))
+    sizes = problem.sizes
+    return max(1, round(sizes.pairs * sizes.num_experts / problem.everywhere))
 
 
 def measured(problem: Problem) -> dict[str, float]:
@@ -140,6 +138,7 @@ def _decided(problem: Problem) -> tuple[Pipeline | None, dict[str, str]]:
         problem.activation,
         tuple((w.dtype, w.stride(), w.storage_offset() % 16) for w in weights),
         problem.expert_map is None or problem.expert_map.shape[0],
+        problem.routed_experts,
         problem.hidden_scale is None,
         os.environ.get("CUSTOM_OPS_DISABLE", ""),
         os.environ.get(CHUNK_VARIABLE, ""),

@@ -1,26 +1,29 @@
-"""Experts in Triton: the grouped kernels behind an index, and those for a few pairs that need none."""
+"""Experts in Triton: the grouped kernels behind an index, and two for few pairs that need none."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.implementation import _no_triton as unavailable
+from custom_ops.moe import tiles
 from custom_ops.moe.parts import Experts, Prepared
 from custom_ops.moe.problem import Problem, Sizes
 
 FAMILY = "triton"
+MOST_ROWS = 64
+"""Pairs that a program without an index multiplies at a time, at most."""
 
 
 def _block_size(problem: Problem) -> int:
     from custom_ops.moe import triton_experts
 
     sizes = problem.sizes
-    everywhere = None if problem.expert_map is None else problem.expert_map.shape[0]
     return triton_experts.block_size(
-        sizes.num_tokens, sizes.top_k, problem.gate_up, problem.down, everywhere
+        sizes.num_tokens, sizes.top_k, problem.gate_up, problem.down, problem.everywhere
     )
 
 
@@ -54,6 +57,41 @@ def _grouped(problem: Problem, prepared: Prepared) -> Tensor:
     )
 
 
+def _direct(problem: Problem, prepared: Prepared) -> Tensor:
+    from custom_ops.moe import triton_direct
+
+    return triton_direct.experts(
+        prepared.x,
+        problem.gate_up,
+        problem.down,
+        problem.topk_ids,
+        _tiles_of_few(problem),
+        activation=problem.activation,
+        x_scale=prepared.scale,
+        gate_up_bias=problem.gate_up_bias,
+        down_bias=problem.down_bias,
+        gate_up_scale=problem.gate_up_scale,
+        down_scale=problem.down_scale,
+        expert_map=problem.expert_map,
+        dtype=problem.dtype,
+        **problem.quantization,
+    )
+
+
+def _tiles_of_few(problem: Problem) -> tiles.Choice:
+    """With blocks of so many pairs as the tables say, but a program has no more of them than there may be."""
+    sizes = problem.sizes
+    here = max(1, sizes.pairs * sizes.num_experts // problem.everywhere)
+    shape = (sizes.num_experts, sizes.hidden_size, sizes.intermediate_size)
+    chosen = tiles.choose(problem.gate_up, shape, here)
+    return replace(
+        chosen,
+        block_size=min(chosen.block_size, MOST_ROWS),
+        gate_up=replace(chosen.gate_up, roles=False),
+        down=replace(chosen.down, roles=False),
+    )
+
+
 def _few(problem: Problem, prepared: Prepared) -> Tensor:
     from custom_ops.moe import triton_decode
 
@@ -84,6 +122,20 @@ def _too_many(problem: Problem) -> str | None:
     return None
 
 
+def _too_many_ids(problem: Problem) -> str | None:
+    sizes = problem.sizes
+    if not isinstance(sizes.num_tokens, int):
+        return "the number of tokens is not known yet"
+    from custom_ops.moe.triton_direct import MOST_PAIRS
+
+    if sizes.pairs > MOST_PAIRS:
+        return f"each program reads all ids, of at most {MOST_PAIRS} pairs, here are {sizes.pairs}"
+    chosen = _tiles_of_few(problem)
+    if chosen.gate_up.n % BLOCK and problem.weights == "fp8_block":
+        return f"the tables have no tile of whole groups of {BLOCK} for it"
+    return None
+
+
 def _no_experts(problem: Problem) -> str | None:
     return None if problem.sizes.num_experts else "there is no expert here"
 
@@ -94,13 +146,19 @@ def _grouped_bytes(sizes: Sizes, itemsize: int) -> int:
     return act + sizes.pairs * sizes.hidden_size * itemsize
 
 
+def _direct_bytes(sizes: Sizes, itemsize: int) -> int:
+    groups = -(-sizes.intermediate_size // BLOCK)
+    act = sizes.intermediate_size * itemsize + 4 * groups
+    return sizes.pairs * (act + sizes.hidden_size * itemsize)
+
+
 def _few_bytes(sizes: Sizes, itemsize: int) -> int:
     # Partial sums of split channels are float32.
     width = sizes.gate_up_rows + sizes.intermediate_size + sizes.hidden_size
     return 4 * sizes.pairs * width + 16 * sizes.num_tokens * sizes.hidden_size
 
 
-def _experts(weights: str, quantization: str | None) -> tuple[Experts, Experts]:
+def _experts(weights: str, quantization: str | None) -> tuple[Experts, ...]:
     suffix = "" if weights == "16_bit" else f"_{weights}"
     few = Experts(
         f"triton_decode{suffix}",
@@ -113,6 +171,18 @@ def _experts(weights: str, quantization: str | None) -> tuple[Experts, Experts]:
         workspace=_few_bytes,
         unavailable=unavailable,
         unsupported=lambda problem: _no_experts(problem) or _too_many(problem),
+    )
+    direct = Experts(
+        f"triton_direct{suffix}",
+        FAMILY,
+        _direct,
+        "tokens",
+        "pairs",
+        weights,
+        quantization,
+        workspace=_direct_bytes,
+        unavailable=unavailable,
+        unsupported=lambda problem: _no_experts(problem) or _too_many_ids(problem),
     )
     grouped = Experts(
         f"triton{suffix}",
@@ -127,7 +197,7 @@ def _experts(weights: str, quantization: str | None) -> tuple[Experts, Experts]:
         unavailable=unavailable,
         unsupported=_no_experts,
     )
-    return few, grouped
+    return few, grouped, direct
 
 
 EXPERTS = (

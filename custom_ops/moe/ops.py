@@ -44,6 +44,7 @@ def fused_moe(
     code_mode: str = "divide",
     hidden_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    routed_experts: int = 0,
 ) -> Tensor:
     """A mixture of experts: each token through its top_k experts, weighted and added up.
 
@@ -72,6 +73,9 @@ def fused_moe(
     hidden_scale: None, or hidden_states are quantized already, as `group_quant(..., 128)` does: float8_e4m3fn codes
     with one float32 scale per 128 channels, [T, ceil(H / 128)], for float8 weights; T above is then out_dtype, bfloat16
     or float16, which says nothing otherwise. The bits are those of quantizing here.
+
+    routed_experts: among how many experts the router chose, where most of them are elsewhere and no expert_map says so;
+    0 for those that are here. It decides what is fastest, and never what comes out.
 
     This is the arithmetic of transformers' experts. Order and precision of the sums within a product are the
     implementation's. Nothing waits for the device, except in the reference, which reads how many tokens an expert
@@ -103,6 +107,7 @@ def fused_moe(
         code_mode=code_mode,
         hidden_scale=hidden_scale,
         out_dtype=out_dtype,
+        routed_experts=routed_experts,
     )
 
 
@@ -127,6 +132,7 @@ def _check(
     code_mode: str,
     hidden_scale: Tensor | None,
     out_dtype: torch.dtype,
+    routed_experts: int,
 ) -> None:
     activations.check(_OP, activation, interleaved, alpha, limit)
     if hidden_scale is None:
@@ -189,6 +195,8 @@ def _check(
         check_choice(_OP, "expert_map.dtype", expert_map.dtype, (torch.int32,))
         _check_dims("expert_map", expert_map, "[num_global_experts]")
         check_device(_OP, "expert_map", expert_map, "hidden_states", hidden_states)
+    if routed_experts < 0:
+        raise ValueError(f"{_OP}: routed_experts is {routed_experts}; accepted: 0 or more")
     check_bound(_OP, "min_amax", min_amax)
     check_choice(_OP, "scale_mode", scale_mode, SCALE_MODES)
     check_choice(_OP, "code_mode", code_mode, CODE_MODES)
@@ -231,6 +239,7 @@ def _empty(
     code_mode: str,
     hidden_scale: Tensor | None,
     out_dtype: torch.dtype,
+    routed_experts: int,
 ) -> Tensor:
     dtype = hidden_states.dtype if hidden_scale is None else out_dtype
     return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
@@ -243,7 +252,7 @@ FUSED_MOE = library.define(
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? gate_up_scale=None, "
     "Tensor? down_scale=None, Tensor? expert_map=None, float min_amax=1e-10, "
     "str scale_mode='divide', str code_mode='divide', Tensor? hidden_scale=None, "
-    "ScalarType out_dtype=bfloat16) -> Tensor",
+    "ScalarType out_dtype=bfloat16, int routed_experts=0) -> Tensor",
     check=_check,
     empty=_empty,
     reference=reference.fused_moe,

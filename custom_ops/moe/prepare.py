@@ -24,14 +24,24 @@ def _index(problem: Problem, experts: Experts) -> Prepared:
 
 
 def _index_quantized(problem: Problem, experts: Experts) -> Prepared:
+    x, scale = _codes(problem)
+    return Prepared(x, scale, _aligned(problem, experts))
+
+
+def _quantize(problem: Problem, experts: Experts) -> Prepared:
+    x, scale = _codes(problem)
+    return Prepared(x, scale, ExpertTokensMetadata())
+
+
+def _codes(problem: Problem) -> tuple[Tensor, Tensor]:
     """Each token is quantized once, whatever the number of its experts; the last group may be cut."""
     if problem.hidden_scale is not None:
-        return Prepared(problem.hidden_states, problem.hidden_scale, _aligned(problem, experts))
+        return problem.hidden_states, problem.hidden_scale
     x, width = problem.hidden_states, problem.sizes.hidden_size
     if width % BLOCK:
         x = torch.nn.functional.pad(x, (0, -width % BLOCK))
     codes, scale = torch.ops.custom_ops.group_quant(x, BLOCK, **problem.quantization)
-    return Prepared(codes[:, :width], scale, _aligned(problem, experts))
+    return codes[:, :width], scale
 
 
 def _aligned(problem: Problem, experts: Experts) -> ExpertTokensMetadata:
@@ -156,10 +166,14 @@ def _codes_bytes(rows: int, width: int) -> int:
     return rows * width + _FLOAT * groups * pitch_of(rows, "column_major_tma")
 
 
-def _index_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
+def _quantized_bytes(sizes: Sizes, itemsize: int) -> int:
     width = -(-sizes.hidden_size // BLOCK) * BLOCK
     padded = 0 if width == sizes.hidden_size else sizes.num_tokens * width * itemsize
-    return _index_bytes(sizes, itemsize) + _codes_bytes(sizes.num_tokens, width) + padded
+    return _codes_bytes(sizes.num_tokens, width) + padded
+
+
+def _index_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
+    return _index_bytes(sizes, itemsize) + _quantized_bytes(sizes, itemsize)
 
 
 def _permute_bytes(sizes: Sizes, itemsize: int) -> int:
@@ -183,6 +197,7 @@ def _batch_quantized_bytes(sizes: Sizes, itemsize: int) -> int:
 
 
 AS_IS = Prepare("as_is", _as_is, "tokens")
+QUANTIZE = Prepare("quantize", _quantize, "tokens", "fp8_group", workspace=_quantized_bytes)
 INDEX = Prepare("index", _index, "indexed", workspace=_index_bytes)
 INDEX_QUANTIZED = Prepare(
     "index_quantized",
@@ -209,4 +224,13 @@ BATCH_QUANTIZED = Prepare(
     workspace=_batch_quantized_bytes,
     unsupported=_needs_groups,
 )
-PREPARES = (AS_IS, INDEX, INDEX_QUANTIZED, PERMUTE, PERMUTE_QUANTIZED, BATCH, BATCH_QUANTIZED)
+PREPARES = (
+    AS_IS,
+    QUANTIZE,
+    INDEX,
+    INDEX_QUANTIZED,
+    PERMUTE,
+    PERMUTE_QUANTIZED,
+    BATCH,
+    BATCH_QUANTIZED,
+)

@@ -64,6 +64,7 @@ class Problem:
     code_mode: str = "divide"
     hidden_scale: Tensor | None = None
     out_dtype: torch.dtype = torch.bfloat16
+    routed_experts: int = 0
 
     @classmethod
     def of(
@@ -91,6 +92,13 @@ class Problem:
         return Sizes(
             tokens, self.topk_ids.shape[1], experts, hidden, self.activation.width(rows), rows
         )
+
+    @property
+    def everywhere(self) -> int:
+        """How many experts topk_ids may name, here and elsewhere, as far as anybody says."""
+        if self.expert_map is not None:
+            return max(self.expert_map.shape[0], 1)
+        return max(self.routed_experts, self.sizes.num_experts, 1)
 
     @property
     def weights(self) -> str:

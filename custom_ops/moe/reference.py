@@ -83,6 +83,7 @@ def fused_moe(
     code_mode: str = "divide",
     hidden_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    routed_experts: int = 0,
 ) -> Tensor:
     """`custom_ops.fused_moe`, expert by expert. It reads on the host how many pairs an expert has."""
     act = Activation(activation, interleaved, alpha, limit)

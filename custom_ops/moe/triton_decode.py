@@ -25,7 +25,7 @@ LEAST_AMAX = 2.0**-60
 
 
 @triton.jit
-def _local_expert(ids_ptr, pair, here, map_ptr, mapped, experts, MAPPED: tl.constexpr):
+def local_expert(ids_ptr, pair, here, map_ptr, mapped, experts, MAPPED: tl.constexpr):
     """The local expert of a pair (or of a tile of them, where `here`); -1 where it is elsewhere."""
     expert = tl.load(ids_ptr + pair, mask=here, other=-1).to(tl.int64)
     if MAPPED:
@@ -72,7 +72,7 @@ def _decode_gate_up(
         tl.extra.cuda.gdc_launch_dependents()
     T: tl.constexpr = x_ptr.dtype.element_ty
     pair, column_tile = _place(FIRST)
-    expert = _local_expert(ids_ptr, pair, True, map_ptr, mapped, experts, MAPPED)
+    expert = local_expert(ids_ptr, pair, True, map_ptr, mapped, experts, MAPPED)
     if expert < 0:
         return
     GATED: tl.constexpr = GATE != "relu2"
@@ -199,7 +199,7 @@ def _decode_down(
         if LINES > 0:
             # The first kernel has waited for whoever wrote the ids, or this one would not run yet.
             choice = tl.arange(0, CHOICES)
-            expert = _local_expert(
+            expert = local_expert(
                 ids_ptr, token * TOP_K + choice, choice < TOP_K, map_ptr, mapped, experts, MAPPED
             )
             inside = (expert >= 0)[:, None] & (lane < N)[None, :]
@@ -210,7 +210,7 @@ def _decode_down(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, TOP_K, CHOICES):
         choice = start + tl.arange(0, CHOICES)
-        expert = _local_expert(
+        expert = local_expert(
             ids_ptr, token * TOP_K + choice, choice < TOP_K, map_ptr, mapped, experts, MAPPED
         )
         # Experts elsewhere are common: a tile of nothing else is passed over.

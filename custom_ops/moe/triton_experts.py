@@ -36,9 +36,16 @@ from custom_ops.scales import as_rows, code_max
 
 
 @triton.jit
-def _gate_up_tile(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
-    start, expert, column_tile, pairs, top_k, width, K,
+def sorted_pairs(sorted_ids_ptr, start, BLOCK_M: tl.constexpr):
+    """The pairs of a block that begins at `start`, and the rows that the first product keeps them in."""
+    position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+    return tl.load(sorted_ids_ptr + position), position
+
+
+@triton.jit
+def gate_up_tile(
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+    pair, position, expert, column_tile, pairs, top_k, width, K,
     x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     alpha, limit, min_amax,
     T: tl.constexpr, GATE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
@@ -46,10 +53,12 @@ def _gate_up_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
     UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] of the activation, for the sorted pairs from `start` on."""
-    position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
-    pair = tl.load(sorted_ids_ptr + position)
+    """[BLOCK_M, BLOCK_N] of the activation, of these pairs to the rows at `position`; a pair from `pairs` on is none.
+
+    PADDED: there are rows for those, too.
+    """
     # Padding reads the row of the first token; what comes of it lies where nobody reads.
     token = tl.where(pair < pairs, pair // top_k, 0).to(tl.int64)
     x_ptrs = x_ptr + (token * x_row)[:, None] + tl.arange(0, BLOCK_K)[None, :]
@@ -85,6 +94,8 @@ def _gate_up_tile(
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out_ptrs = out_ptr + (position * width)[:, None] + column[None, :]
     inside = tl.broadcast_to((column < width)[None, :], (BLOCK_M, BLOCK_N))
+    if not PADDED:
+        inside &= (pair < pairs)[:, None]
     if QUANTIZE:
         GROUPS: tl.constexpr = BLOCK_N // 128
         out = tl.where(
@@ -99,7 +110,10 @@ def _gate_up_tile(
         groups = tl.cdiv(width, 128)
         group = column_tile * GROUPS + tl.arange(0, GROUPS)
         scale_ptrs = out_scale_ptr + (position * groups)[:, None] + group[None, :]
-        tl.store(scale_ptrs, tl.reshape(scale, (BLOCK_M, GROUPS)), mask=(group < groups)[None, :])
+        in_groups = (group < groups)[None, :]
+        if not PADDED:
+            in_groups = in_groups & (pair < pairs)[:, None]
+        tl.store(scale_ptrs, tl.reshape(scale, (BLOCK_M, GROUPS)), mask=in_groups)
     else:
         tl.store(out_ptrs, out, mask=inside, eviction_policy="evict_last" if KEEP else "")
 
@@ -145,37 +159,42 @@ def _gate_up(
         ids = tl.load(sorted_ids_ptr + start + BLOCK_M // 2)
         full = ids < pairs
     if full:
-        _gate_up_tile(
-            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
-            start, expert, column_tile, pairs, top_k, width, K,
+        pair, position = sorted_pairs(sorted_ids_ptr, start, BLOCK_M)
+        gate_up_tile(
+            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+            pair, position, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
             NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
+            True,
         )  # fmt: skip
     elif HALVE:
-        _gate_up_tile(
-            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr,
-            start, expert, column_tile, pairs, top_k, width, K,
+        # Names of their own: Triton merges those of both branches, and these have another size.
+        pair_half, position_half = sorted_pairs(sorted_ids_ptr, start, BLOCK_M // 2)
+        gate_up_tile(
+            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+            pair_half, position_half, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
             NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,
-            TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
+            TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP, True,
         )  # fmt: skip
 
 
 @triton.jit
-def _down_tile(
-    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
-    start, expert, column_tile, pairs, N, K,
+def down_tile(
+    a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr,
+    pair, position, start, expert, column_tile, pairs, N, K,
     a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     T: tl.constexpr, NATIVE_FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
     UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] of the second product, for the sorted pairs from `start` on."""
-    position = start.to(tl.int64) + tl.arange(0, BLOCK_M)
-    pair = tl.load(sorted_ids_ptr + position)
+    """[BLOCK_M, BLOCK_N] of the second product, of these pairs, whose rows of the first are at `position`.
+
+    With A_TMA those are the rows from `start` on.
+    """
     a_ptrs = a
     if not A_TMA:
         a_ptrs = a + (position * a_row)[:, None] + tl.arange(0, BLOCK_K)[None, :]
@@ -233,16 +252,19 @@ def _down(
         ids = tl.load(sorted_ids_ptr + start + BLOCK_M // 2)
         full = ids < pairs
     if full:
-        _down_tile(
-            a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
+        pair, position = sorted_pairs(sorted_ids_ptr, start, BLOCK_M)
+        down_tile(
+            a, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, pair, position,
             start, expert, column_tile, pairs, N, K,
             a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             T, NATIVE_FP8, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
             A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, CHANNEL, BIAS, KEEP,
         )  # fmt: skip
     elif HALVE:
-        _down_tile(
-            a_half, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, sorted_ids_ptr,
+        # Names of their own: Triton merges those of both branches, and these have another size.
+        pair_half, position_half = sorted_pairs(sorted_ids_ptr, start, BLOCK_M // 2)
+        down_tile(
+            a_half, a_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, pair_half, position_half,
             start, expert, column_tile, pairs, N, K,
             a_row, as_row, as_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             T, NATIVE_FP8, BLOCK_M // 2, BLOCK_N, BLOCK_K, SWAP,

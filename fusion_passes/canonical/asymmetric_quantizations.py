@@ -3,8 +3,8 @@
     amin, amax, clamp, sub, div, clamp, div, round, sub, ..., cast   ->   token_quant_asymmetric(x, arithmetic)
 
 Sources: torchao 0.17 (Int8 dynamic activations with MappingType.ASYMMETRIC, every step of which is rounded to the dtype
-of the input) and model code in float32. What compressed-tensors runs in transformers is none of these: it never makes
-int8, and dequantizes what it has rounded.
+of the input; in version 1 of its configuration all but the codes) and model code in float32. What compressed-tensors
+runs in transformers is none of these: it never makes int8, and dequantizes what it has rounded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor as T
 
 import custom_ops
 from fusion_passes.arithmetic import Arithmetic
+from fusion_passes.canonical import casts
 from fusion_passes.canonical.marks import meaning
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, Tensor
 from fusion_passes.matching import Match
@@ -81,8 +82,8 @@ class Asymmetric(NamedTuple):
         )
 
     def quantize(self, x: T, bound: float = 0.0) -> tuple[T, T, T]:
-        x = x.float()
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        # a cast for each reader: code that has one for all of them has the same node three times
+        low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
         if self.ends == "clamp":
             low, high = low.clamp(max=0), high.clamp(min=0)
         else:
@@ -93,22 +94,27 @@ class Asymmetric(NamedTuple):
         scale = scale.clamp(min=bound) if self.bounded else scale
         zero = (LEAST - torch.round(low / scale)).clamp(LEAST, MOST)
         zero = zero.to(self.zero_point)
-        values = x * (1.0 / scale) if self.inverse else x / scale
+        values = x.float() * (1.0 / scale) if self.inverse else x.float() / scale
         codes = (torch.round(values) + zero).clamp(LEAST, MOST)
         return codes.to(torch.int8), scale, zero
 
 
-class AsymmetricInInputDtype:
-    """torchao's, whose every step is rounded to the dtype of the input."""
+class AsymmetricInInputDtype(NamedTuple):
+    """torchao's, whose every step is rounded to the dtype of the input; with `wide`, all but those of the codes."""
 
-    bounded = True
+    wide: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        return True
 
     def __str__(self) -> str:
-        return "int8, rounded to 16 bits throughout"
+        return f"int8, rounded to 16 bits {'up to its scale' if self.wide else 'throughout'}"
 
     def arithmetic(self, match: Match) -> Arithmetic:
         scale_mode = "divide_input" if match.device.type == "cpu" else "reciprocal_input"
-        return Arithmetic(torch.int8, scale_mode, "reciprocal_input", _bound(match))
+        code_mode = "reciprocal" if self.wide else "reciprocal_input"
+        return Arithmetic(torch.int8, scale_mode, code_mode, _bound(match))
 
     def quantize(self, x: T, bound: float) -> tuple[T, T, T]:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -117,8 +123,13 @@ class AsymmetricInInputDtype:
         scale = ((high - low) / 255.0).float().clamp(min=bound).to(x.dtype)
         zero = (LEAST - torch.round(low / scale)).float().clamp(LEAST, MOST).to(x.dtype)
         zero_point = zero.to(torch.int8)
-        codes = torch.round(x * (1.0 / scale)) + zero_point
-        return codes.float().clamp(LEAST, MOST).to(x.dtype).to(torch.int8), scale, zero_point
+        if self.wide:
+            scale = scale.float()
+            codes = (torch.round(x * (1.0 / scale)) + zero_point).clamp(LEAST, MOST)
+        else:
+            codes = torch.round(x * (1.0 / scale)) + zero_point
+            codes = codes.float().clamp(LEAST, MOST).to(x.dtype)
+        return codes.to(torch.int8), scale, zero_point
 
 
 def _bound(match: Match) -> float:
@@ -140,7 +151,10 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
     made = zip(m.outputs_of(node, 3), m.match.outputs, strict=True)
     # a scale of 16 bits is exact in float32 and back, and so is a zero point in any dtype
     dtypes = [(result, output.meta["val"].dtype) for result, output in made]
-    return tuple(r if r.meta["val"].dtype is dtype else m.cast(r, dtype) for r, dtype in dtypes)
+    return tuple(
+        r if r.meta["val"].dtype is dtype else casts.lossless(m.cast(r, dtype))
+        for r, dtype in dtypes
+    )
 
 
 ASYMMETRIC = Fusion(
@@ -149,6 +163,7 @@ ASYMMETRIC = Fusion(
     0,
     patterns=(
         _pattern(AsymmetricInInputDtype()),
+        _pattern(AsymmetricInInputDtype(wide=True)),
         *(
             _pattern(Asymmetric(bounded, by, inverse, ends, zero_point))
             for zero_point, bounded, by, inverse, ends in itertools.product(

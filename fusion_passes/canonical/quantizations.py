@@ -21,7 +21,7 @@ from torch import fx
 import custom_ops
 from fusion_passes import index_map
 from fusion_passes.arithmetic import MAX, Arithmetic
-from fusion_passes.canonical import spellings
+from fusion_passes.canonical import casts, spellings
 from fusion_passes.canonical.marks import meaning
 from fusion_passes.canonical.spellings import FP8, INT8, Int8InInputDtype, Spelling
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
@@ -211,7 +211,7 @@ def _as_spelt(m: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Codes and scale in the dtype that the graph has them in: a scale of 16 bits is exact in float32 and back."""
     codes, scale = m.outputs_of(node, 2)
     dtype = m.match.outputs[1].meta["val"].dtype
-    return codes, scale if dtype is torch.float32 else m.cast(scale, dtype)
+    return codes, scale if dtype is torch.float32 else casts.lossless(m.cast(scale, dtype))
 
 
 def _rewrite_static(m: Rewrite) -> tuple[Any, ...]:

@@ -143,7 +143,8 @@ def _only_asks(node: fx.Node) -> bool:
 def _merge(graph: fx.Graph, dispatch: fx.Node, experts: fx.Node, combine: fx.Node) -> fx.Node:
     x, scale, ids, weights, num_experts, group = dispatch.args
     _, gate_up, down, *_ = experts.args
-    how = {k: v for k, v in experts.kwargs.items() if k not in ("hidden_scale", "expert_map")}
+    known = ("hidden_scale", "expert_map", "routed_experts")  # the op's own business
+    how = {k: v for k, v in experts.kwargs.items() if k not in known}
     how["max_tokens"] = dispatch.kwargs.get("max_tokens", 0)
     args = (x, scale, ids, weights, gate_up, down, num_experts, group)
     with graph.inserting_before(combine):

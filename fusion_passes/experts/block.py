@@ -39,7 +39,7 @@ from fusion_passes.experts.reading import (
     shaped,
     strip,
 )
-from fusion_passes.experts.routing import Index, Routing
+from fusion_passes.experts.routing import Index, Routing, experts_of_router
 from fusion_passes.fusion import Fusion
 from fusion_passes.index_map import Size
 from fusion_passes.operations import is_tensor, module_path, read, shape_of
@@ -367,6 +367,9 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
             "min_amax": block.quantization.min_amax,
             **block.quantization.arithmetic.arguments(),
         }
+    routed = experts_of_router(block.routing.ids)
+    if isinstance(first.shape[0], int) and routed > first.shape[0]:
+        keywords["routed_experts"] = routed
     return Place(
         fusion,
         graph,

@@ -32,6 +32,11 @@ _SORTS = {aten.sort.default, aten.sort.stable}
 _FLOOR_DIVISIONS = {aten.div.Tensor_mode, aten.floor_divide.default, aten.div.Scalar_mode}
 _CLAMPS = {aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default}
 _SCATTERS = {aten.index_put.default, aten.scatter.src}
+_TOPK = ("topk_softmax", "topk_sigmoid", "grouped_topk")
+_ELEMENTWISE = {
+    aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.add.Tensor, aten.sub.Tensor,
+    aten.remainder.Scalar, aten.fmod.Scalar, *_CLAMPS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,3 +154,26 @@ def ids_of(node: fx.Node, num_experts: int) -> fx.Node | None:
         return ids_of(taken[0], num_experts)
     integer = is_tensor(node) and node.meta["val"].dtype in (torch.int32, torch.int64)
     return node if integer else None
+
+
+def experts_of_router(ids: fx.Node) -> int:
+    """Among how many experts the router chose that these ids are of, also where those elsewhere are masked; 0: unknown.
+
+    No more than a hint of how many pairs are here: nothing depends on it but which kernel is fastest.
+    """
+    waiting, seen = [uncast(ids)], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (taken := element(node)) is not None:
+            source, position = taken
+            name = getattr(source.target, "_opname", "")
+            if position == 1 and (source.target is aten.topk.default or name in _TOPK):
+                choices = shape_of(source.args[0])[-1]
+                return choices if isinstance(choices, int) else 0
+        elif node.target in _ELEMENTWISE:
+            operands = node.args[1:] if node.target is aten.where.self else node.args[:2]
+            waiting += [uncast(operand) for operand in operands if is_tensor(operand)]
+    return 0

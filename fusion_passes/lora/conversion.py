@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusion_passes.lora import loading
-from fusion_passes.lora.layers import compute_dtype
+from fusion_passes.lora.layers import compute_dtype, is_linear
 from fusion_passes.lora.loading import AdapterError, Site
 from fusion_passes.lora.manager import AdapterManager
 from fusion_passes.lora.sites import replace
@@ -26,26 +26,32 @@ def from_peft(
 ) -> AdapterManager:
     """Turn PEFT's mixed-batch inference into an :class:`AdapterManager`: same model, same adapters, same names.
 
-    model: a ``PeftModel`` with LoRA adapters on linears, none of them merged. Its base model, the linears unwrapped, is
-    the manager's ``model`` afterwards, and the PEFT model is used up. max_loaded, max_resident: as many as there are
-    adapters if None. max_rank: the largest of theirs if None. An adapter's current scaling (``set_scale``) is kept.
+    model: a ``PeftModel`` with LoRA adapters on linears, none of them merged, or a model of transformers that has them
+    by ``add_adapter`` or ``load_adapter``. Its base model, the linears unwrapped, is the manager's ``model`` then, and
+    the PEFT model is used up. max_loaded, max_resident: as many as there are adapters if None. max_rank: the largest of
+    theirs if None. An adapter's current scaling (``set_scale``) is kept.
 
     What was ``model(input_ids, adapter_names=names)`` is ``manager(input_ids, adapter_names=names)``. Adapters are
     rounded to the dtype of the model, where PEFT keeps them in float32 by default; a delta is rounded once, together
     with what it is added to.
 
-    Raises TypeError for anything but a PeftModel, AdapterError for an adapter that is no plain LoRA or a layer that is
+    Raises TypeError for anything but those, AdapterError for an adapter that is no plain LoRA or a layer that is
     no linear, and what AdapterManager raises; the model is as it was then.
     """
     try:
         import peft
     except ImportError as missing:
         raise ImportError("from_peft needs peft: pip install 'fusion-passes[models]'") from missing
-    if not isinstance(model, peft.PeftModel):
-        raise TypeError(f"model is a {type(model).__name__}; accepted: a peft.PeftModel")
-    base: Any = model.get_base_model()
+    injected = getattr(model, "_hf_peft_config_loaded", False)  # transformers' own way
+    if not isinstance(model, peft.PeftModel) and not injected:
+        raise TypeError(
+            f"model is a {type(model).__name__}; accepted: a peft.PeftModel, or a model of transformers with adapters"
+        )
+    whole: Any = model
+    base: Any = model if injected else whole.get_base_model()
     layers, wrappers = _layers(base)
-    names = list(model.peft_config)
+    configs: Any = whole.peft_config
+    names = list(configs)
     sites = {path: Site(layer.in_features, layer.out_features) for path, layer in layers.items()}
     saved_sites = {
         path: {name: value.shape for name, value in wrapper.original_module.named_parameters()}
@@ -58,7 +64,7 @@ def from_peft(
         adapters.append(
             loading.parse(
                 name,
-                _config(model, name),
+                _config(configs[name]),
                 _tensors(layers, wrappers, name),
                 sites=sites,
                 saved_sites=saved_sites,
@@ -108,7 +114,7 @@ def _layers(base: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     for path, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             inner = module.get_base_layer()
-            if not isinstance(module, LoraLayer) or not isinstance(inner, nn.Linear):
+            if not isinstance(module, LoraLayer) or not is_linear(inner):
                 raise AdapterError(
                     f"{path} is a {type(module).__name__} over a {type(inner).__name__}; accepted: LoRA over linears"
                 )
@@ -124,10 +130,11 @@ def _layers(base: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return layers, wrappers
 
 
-def _config(model: Any, name: str) -> dict[str, Any]:
-    config = model.peft_config[name].to_dict()
-    kind = config.get("peft_type")
-    return {**config, "peft_type": getattr(kind, "value", kind), "target_modules": None}
+def _config(config: Any) -> dict[str, Any]:
+    """What a file would say, but for what this model has done already: it has its targets, and is initialised."""
+    words = config.to_dict()
+    kind = getattr(words.get("peft_type"), "value", words.get("peft_type"))
+    return {**words, "peft_type": kind, "target_modules": None, "init_lora_weights": True}
 
 
 def _tensors(

@@ -6,6 +6,7 @@ compiled graph takes them as inputs, so that adapters come and go without a new 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 import custom_ops
 from fusion_passes.lora.loading import RANK_STEP, Factors, Site
 
-__all__ = ["LoRALinear", "SavedModule", "StepBuffers", "compute_dtype"]
+__all__ = [
+    "LoRALinear",
+    "SavedModule",
+    "StepBuffers",
+    "compute_dtype",
+    "features",
+    "is_linear",
+]
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,6 +32,23 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 def compute_dtype(linear: nn.Module) -> torch.dtype:
     """The dtype of the activations of a linear, also of one whose weight is quantized."""
     return getattr(linear, "compute_dtype", None) or linear.weight.dtype  # type: ignore[return-value]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear, or GPT-2's Conv1D, which is one with its weight transposed."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def features(linear: Any) -> Site:
+    """The widths of a linear."""
+    if _is_conv1d(linear):
+        return Site(*linear.weight.shape)
+    return Site(linear.in_features, linear.out_features)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
 class _Fixed(nn.Module):
@@ -64,14 +89,15 @@ class StepBuffers(_Fixed):
 class LoRALinear(_Fixed):
     """``base_layer(x)`` plus, token by token, the adapter in the token's slot.
 
-    base_layer: the linear itself; a plain one and its adapters are one op, any other (block-FP8) runs as it is.
+    base_layer: the linear (or Conv1D) itself; a plain one and its adapters are one op, any other (block-FP8) runs as it
+    is.
     lora_a [num_slots, R, in_features], lora_b [num_slots, out_features, R]: the slots, in the activation dtype.
     scaling float32 [num_slots], ranks int32 [num_slots]: rank 0 in a slot is no adapter.
     """
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: Any,
         step: StepBuffers,
         num_slots: int,
         max_rank: int,
@@ -85,10 +111,10 @@ class LoRALinear(_Fixed):
         self.scaling: Tensor
         self.ranks: Tensor
         rank = -(-max_rank // RANK_STEP) * RANK_STEP
-        weight = base_layer.weight
+        weight, self.site = base_layer.weight, features(base_layer)
         for name, shape in (
-            ("lora_a", (rank, base_layer.in_features)),
-            ("lora_b", (base_layer.out_features, rank)),
+            ("lora_a", (rank, self.site.in_features)),
+            ("lora_b", (self.site.out_features, rank)),
         ):
             slots = torch.zeros(
                 num_slots, *shape, dtype=compute_dtype(base_layer), device=weight.device
@@ -96,16 +122,14 @@ class LoRALinear(_Fixed):
             self._slots(name, slots)
         self._slots("scaling", scaling)
         self._slots("ranks", ranks)
-        plain = type(base_layer) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
+        self.transposed = _is_conv1d(base_layer)
+        kept = type(base_layer) is nn.Linear or self.transposed
+        plain = kept and type(weight) in (Tensor, nn.Parameter)
         self.fused = plain and weight.dtype in ACTIVATION_DTYPES
         self.train(base_layer.training)
 
     def _slots(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
-
-    @property
-    def site(self) -> Site:
-        return Site(self.base_layer.in_features, self.base_layer.out_features)
 
     @property
     def weight(self) -> Tensor:
@@ -123,6 +147,7 @@ class LoRALinear(_Fixed):
         a, b = [self.lora_a], [self.lora_b]
         if self.fused:
             weight, bias = self.base_layer.weight, self.base_layer.bias
+            weight = weight.t() if self.transposed else weight
             return custom_ops.lora_linear(x, weight, bias, a, b, self.scaling, self.ranks, *batch)
         base = self.base_layer(x)
         return custom_ops.lora_add(x, base, a, b, self.scaling, self.ranks, *batch)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -39,6 +39,8 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# PEFT adds these of a head or an embedding that an adapter is on, without having changed them.
+_BASE = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
 
 
 class AdapterError(ValueError):
@@ -125,13 +127,15 @@ def parse(
     dtype: torch.dtype,
     modules: Iterable[str] = (),
     scalings: Mapping[str, float] | None = None,
+    base: Callable[[str, str], Tensor | None] | None = None,
 ) -> Adapter:
     """An adapter that fits the model, or AdapterError.
 
     config, tensors: as in the files of PEFT. sites: the linears that take adapters, by name. saved_sites: the modules
     that an adapter may replace altogether (``modules_to_save``), with the shapes of their parameters. modules: every
     module of the model, for a message that tells an unknown one from one without slots. scalings: by module, where it
-    is not what the configuration says. Factors are rounded to ``dtype`` once.
+    is not what the configuration says. base: the model's own parameter of a module, for files that repeat it. Factors
+    are rounded to ``dtype`` once.
     """
     say = _Complaint(name)
     _check_kind(config, say)
@@ -144,6 +148,8 @@ def parse(
             raise say(f"{key} is {tensor.dtype}; accepted: floating-point tensors")
         if match := _FACTOR.fullmatch(path):
             factors.setdefault(match["module"], {})[match["factor"]] = tensor
+        elif base and (match := _BASE.fullmatch(path)) and match["module"] in sites:
+            _check_base(path, tensor, base(match["module"], match["parameter"]), say)
         elif any(path.startswith(f"{module}.") for module in saved_sites):
             module = max((m for m in saved_sites if path.startswith(f"{m}.")), key=len)
             saved.setdefault(module, {})[path[len(module) + 1 :]] = tensor
@@ -251,6 +257,16 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
 
 def _names(name: str, module: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _check_base(path: str, tensor: Tensor, own: Tensor | None, say: _Complaint) -> None:
+    """All adapters share the base weights: a file may repeat them, and not change them."""
+    same = own is not None and own.shape == tensor.shape and own.is_floating_point()
+    if own is None or not same or not torch.equal(tensor.to(own.device, own.dtype), own):
+        raise say(
+            f"it comes with another {path} than the model has, which all adapters share; accepted: the same, or none "
+            "(save_embedding_layers=False)"
+        )
 
 
 def _check_saved(

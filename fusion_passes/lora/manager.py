@@ -130,6 +130,7 @@ class AdapterManager:
             max_rank=self.max_rank,
             dtype=self.dtype,
             modules=self._modules,
+            base=lambda name, parameter: getattr(self._linears[name].base_layer, parameter, None),
         )
         self._insert(adapter)
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from fusion_passes.lora.layers import ACTIVATION_DTYPES, compute_dtype
+from fusion_passes.lora.layers import ACTIVATION_DTYPES, compute_dtype, is_linear
 
 __all__ = ["chosen", "one_of_each", "replace"]
 
 
 def chosen(
     model: nn.Module, target_modules: Sequence[str] | None, modules_to_save: Sequence[str]
-) -> tuple[dict[str, nn.Linear], dict[str, nn.Module]]:
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The linears that get slots and the modules that may be replaced, by name."""
     named = dict(model.named_modules())
+    # nobody has layers of PEFT who did not import it
+    peft: Any = sys.modules.get("peft.tuners.tuners_utils")
+    for name, module in named.items() if peft else ():
+        if isinstance(module, peft.BaseTunerLayer):
+            raise ValueError(
+                f"{name} has adapters of PEFT; accepted: a model without them, or from_peft(model), which keeps them"
+            )
     saved = {
         name: module
         for name, module in named.items()
@@ -30,7 +39,7 @@ def chosen(
     linears = {
         name: module
         for name, module in named.items()
-        if isinstance(module, nn.Linear)
+        if is_linear(module)
         and name not in saved
         and (
             any(part.isdigit() for part in name.split("."))
@@ -51,24 +60,28 @@ def chosen(
                 )
     if not linears:
         raise ValueError(
-            "the model has no torch.nn.Linear that could take an adapter; see target_modules"
+            "the model has no torch.nn.Linear or Conv1D that could take an adapter; see target_modules"
         )
     return linears, saved
 
 
-def one_of_each(linears: Mapping[str, nn.Linear]) -> tuple[torch.dtype, torch.device]:
+def one_of_each(linears: Mapping[str, nn.Module]) -> tuple[torch.dtype, torch.device]:
     first = next(iter(linears))
-    dtype, device = compute_dtype(linears[first]), linears[first].weight.device
+    dtype, device = compute_dtype(linears[first]), _device(linears[first])
     for name, linear in linears.items():
         found = compute_dtype(linear)
         if found not in ACTIVATION_DTYPES or found != dtype:
             accepted = dtype if dtype in ACTIVATION_DTYPES else "torch.bfloat16, torch.float16"
             raise ValueError(f"{name} computes in {found}; accepted: {accepted}")
-        if linear.weight.device != device:
+        if _device(linear) != device:
             raise ValueError(
-                f"{name} is on {linear.weight.device}, {first} on {device}; accepted: one device"
+                f"{name} is on {_device(linear)}, {first} on {device}; accepted: one device"
             )
     return dtype, device
+
+
+def _device(linear: nn.Module) -> torch.device:
+    return linear.weight.device  # type: ignore[return-value]
 
 
 def ends_in(suffix: str, name: str) -> bool:

@@ -127,6 +127,18 @@ def _rank_fits(match: Match) -> bool:
     return isinstance(rank, int) and 1 <= rank <= MAX_RANK
 
 
+def _measured_as(match: Match) -> dict[str, Any] | None:
+    sizes = {
+        "n": match.sizes.get("out_features"),
+        "k": match.sizes.get("hidden_size"),
+        "rank": match.sizes.get("rank", 1),
+    }
+    if not all(isinstance(size, int) for size in sizes.values()):
+        return None
+    wide = match.base("a").meta["val"].dtype == torch.float32
+    return {"adapter": "float32" if wide else "16 bits", **sizes}
+
+
 def _shared(match: Match) -> str | None:
     """What is computed inside and used outside, but for a cast or a transpose, of which a second one costs nothing."""
     for node, user in escapes(match.nodes.values(), match.outputs):
@@ -156,6 +168,7 @@ FUSION = Fusion(
         Constraint(lambda match: _shared(match) is None, lambda match: _shared(match) or ""),
     ),
     signature="aten.mm.default aten.addmm.default",
+    measured_as=_measured_as,
     allow_shared=True,  # one cast of x to float32 may serve several adapters: see _shared
     # stock: x is read by the shrink, base and delta are written and read; what the rank counts is small
     bytes_before="2*num_tokens*hidden_size + 10*num_tokens*out_features",

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -56,6 +57,9 @@ def default_state(name: str, arch: str) -> tuple[bool, str]:
     return bool(row["on"]), f"{row['why']} ({table['arch']} table)"
 
 
+NOISE = 0.97
+"""What a run may be below stock by chance."""
+
 Bounds = tuple[int, int | None]
 """The least and the largest value of a size; None where there is no largest."""
 
@@ -79,6 +83,43 @@ def slower(
         ):
             return f"is slower than stock there: {region['why']}"
     return None
+
+
+def slower_nearby(name: str, arch: str, sizes: Mapping[str, Any], tokens: Bounds) -> str | None:
+    """The sentence of the row, nearest to a place, that says that a fusion is slower than stock; None where none does.
+
+    sizes: those of the place but for tokens, by their names in the rows; what is no number has to be the row's.
+    Nearest: by the ratios of all sizes; of two as near, the slower. Of a graph for many token counts each of those that
+    were measured is tried, and both ends. Nothing was measured on a CPU.
+    """
+    if arch == "cpu":
+        return None
+    table = nearest(arch) or {}
+    numbers = {key: value for key, value in sizes.items() if isinstance(value, int)}
+    words = {key: value for key, value in sizes.items() if key not in numbers}
+    rows = [
+        row
+        for row in table.get("fusions", {}).get(name, {}).get("rows", ())
+        if all(row.get(key) == word for key, word in words.items())
+        and all(key in row for key in (*numbers, "tokens"))
+    ]
+    counts = {row["tokens"] for row in rows if _overlap(tokens, (row["tokens"], row["tokens"]))}
+    counts |= {tokens[0]} if tokens[1] is None else {tokens[0], tokens[1]}
+    behind = []
+    for count in sorted(counts) if rows else ():
+        here = {**numbers, "tokens": count}
+        row = min(rows, key=lambda row: (round(_distance(row, here), 6), row["speedup"]))
+        if row["speedup"] < NOISE:
+            behind.append(row)
+    if not behind:
+        return None
+    slowest = min(behind, key=lambda row: row["speedup"])
+    at = ", ".join(f"{key} {slowest[key]}" for key in ("tokens", *sizes))
+    return f"is slower than stock there: {slowest['speedup']:.2f} times stock torch.compile at {at}"
+
+
+def _distance(row: Mapping[str, Any], sizes: Mapping[str, int]) -> float:
+    return sum(abs(math.log(max(size, 1) / max(row[key], 1))) for key, size in sizes.items())
 
 
 def _overlap(a: Sequence[int | None], b: Sequence[int | None]) -> bool:

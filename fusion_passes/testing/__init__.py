@@ -6,7 +6,13 @@ values, :mod:`~fusion_passes.testing.fragments` pieces of models. Needs hypothes
 ``pip install fusion-passes[test]``.
 """
 
-from fusion_passes.testing.equivalence import Result, assert_fusion_equivalent, fuse, random_inputs
+from fusion_passes.testing.equivalence import (
+    Result,
+    assert_fusion_equivalent,
+    fuse,
+    fuse_graphs,
+    random_inputs,
+)
 from fusion_passes.testing.fragments import ModelFragment, model_fragments
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "Result",
     "assert_fusion_equivalent",
     "fuse",
+    "fuse_graphs",
     "model_fragments",
     "random_inputs",
 ]

@@ -230,13 +230,16 @@ def test_a_row_without_stock_does_not_take_the_place_of_one_with_it():
     [([1.2, 0.98], True), ([1.2, 0.96], False), ([0.99, 0.98], False), ([1.0, 1.5], True)],
 )
 def test_a_fusion_is_on_where_it_is_ahead(tmp_path, speedups, on):
-    rows = [row_of("group_quant", 4**i, ours=1.0, stock=ratio) for i, ratio in enumerate(speedups)]
+    rows = [
+        row_of("rms_norm_group_quant", 4**i, ours=1.0, stock=ratio)
+        for i, ratio in enumerate(speedups)
+    ]
     (path,) = tuning.write([run_of(*rows)], tmp_path)
     assert path.name == "sm_90.json"
     table = json.loads(path.read_text())
     assert table["arch"] == "sm_90"
     assert table["fusions"].keys() == registry().keys()
-    fusion = table["fusions"]["group_quant"]
+    fusion = table["fusions"]["rms_norm_group_quant"]
     assert fusion["on"] is on
     assert [row["speedup"] for row in fusion["rows"]] == speedups
     assert (
@@ -254,6 +257,20 @@ def test_a_fusion_without_a_case_is_judged_by_the_models_in_which_it_fired():
     assert not tuning.verdict("group_quant", [row])["on"]
 
 
+def test_where_stock_cannot_run_nothing_is_behind():
+    """As below 17 tokens in int8, which torch._int_mm does not take."""
+    ahead = Row("llama", {"tokens": 256}, fired={"shared_group_quant": 2})
+    ahead.warm_us = {"plugin": 1.0, "inductor": 3.0}
+    alone = Row("llama", {"tokens": 16}, fired={"shared_group_quant": 2})
+    alone.warm_us, alone.errors = {"plugin": 1.0}, {"inductor": "RuntimeError: greater than 16"}
+    for row in (ahead, alone):
+        row.finish(3000.0)
+    found = tuning.verdict("shared_group_quant", [ahead, alone])
+    assert found["on"]
+    assert [row["tokens"] for row in found["rows"]] == [256]
+    assert tuning.verdict("shared_group_quant", [alone])["why"] == "not measured"
+
+
 def test_a_fusion_that_failed_is_off():
     broken = Row(
         "group_quant", {"tokens": 16}, fusion="group_quant", errors={"plugin": "it raised"}
@@ -266,9 +283,9 @@ def test_a_fusion_that_failed_is_off():
 def test_a_table_is_read_by_the_plugin(tmp_path, monkeypatch):
     from fusion_passes import tables
 
-    (path,) = tuning.write([run_of(row_of("group_quant", 1, 1.0, 2.0))], tmp_path)
+    (path,) = tuning.write([run_of(row_of("rms_norm_group_quant", 1, 1.0, 2.0))], tmp_path)
     monkeypatch.setattr(tables, "load", lambda: {90: json.loads(path.read_text())})
-    assert tables.default_state("group_quant", "sm_90")[0]
+    assert tables.default_state("rms_norm_group_quant", "sm_90")[0]
     assert not tables.default_state("rms_norm", "sm_90")[0]
 
 

@@ -272,6 +272,15 @@ def test_a_quantization_alone_takes_no_part_of_a_fusion_that_is_behind() -> None
     assert "silu_mul_token_quant" in found["token_quant"]["why"]
 
 
+def test_nor_of_one_that_was_not_measured() -> None:
+    run = run_of(judged("token_quant", 2.0), suite="quantization")
+    pairs = [(run, row) for row in run.rows]
+    assert tuning.distil(pairs, ["token_quant"])["fusions"]["token_quant"]["on"]
+    found = tuning.distil(pairs, ["token_quant", "silu_mul_token_quant"])["fusions"]["token_quant"]
+    assert not found["on"]
+    assert found["why"] == "it would take a part of silu_mul_token_quant, which is not measured"
+
+
 @given(tokens=st.integers(1, 9), width=st.sampled_from((128, 256)), data=st.data())
 def test_views_are_views_of_what_they_are_held_against(tokens, width, data) -> None:
     name = data.draw(st.sampled_from(sorted(layouts.VIEWS)))

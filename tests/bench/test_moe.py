@@ -18,6 +18,9 @@ from bench.suites import moe
 from bench.timer import HostTimer
 from custom_ops.moe import choice
 from custom_ops.moe.parts import Pipeline
+from custom_ops.moe.problem import Problem
+from fusion_passes import registry
+from fusion_passes.testing import fuse
 
 CPU = torch.device("cpu")
 MODELS = {name: moe.small(model) for name, model in moe.MODELS.items()}
@@ -223,7 +226,8 @@ def test_the_table_of_blocks_has_every_model_and_number_of_tokens():
         for dtype in model.dtypes
         for tokens in moe.TOKENS
     }
-    assert shown == wanted
+    # and the draw that the floor in issue 5 has
+    assert shown == wanted | {("moe_block_qwen3_30b_a3b_77_hit_bf16", 16)}
     assert all(
         set(case.others) <= {"by_hand", "by_hand_bf16"} and not case.launched for case in chosen
     )
@@ -242,6 +246,24 @@ def test_the_table_of_blocks_says_what_failed():
     assert cells[3] == ["50.0", "RuntimeError: no"]
     assert cells[4] == ["2.00", ""]
     assert cells[6:] == [["2", ""], ["40.0", ""], ["0.80", ""]]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3_slice", "mixtral_8x7b"])
+def test_the_plugin_knows_among_how_many_experts_the_router_chose(name, monkeypatch):
+    """Most pairs of a slice are elsewhere: its tiles are those of the pairs that are here."""
+    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
+    model = moe.small(moe.MODELS[name])
+    module = moe.block(model, "bf16", torch.device("cpu"))
+    x = torch.randn(1, 8, model.hidden).bfloat16()
+    only = [registry()[each] for each in ("fused_moe", *moe.ROUTERS)]
+    graph = fuse(module, x, only=only).after.graph
+    (node,) = (n for n in graph.nodes if n.target is torch.ops.custom_ops.fused_moe.default)
+    assert node.kwargs.get("routed_experts", 0) == model.routed
+    tensors = [arg.meta["val"] for arg in node.args]
+    keywords = {k: v for k, v in node.kwargs.items() if not isinstance(v, torch.fx.Node)}
+    problem = Problem.of(*tensors, **keywords)
+    wanted = problem.sizes.pairs * model.experts / model.everywhere
+    assert choice.expected_pairs(problem) == max(1, round(wanted))
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

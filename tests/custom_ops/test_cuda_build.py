@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,6 +224,44 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert cuda_build.cache_dir() == tmp_path / "custom_ops"
     monkeypatch.setenv("CUSTOM_OPS_CACHE_DIR", str(tmp_path / "here"))
     assert cuda_build.cache_dir() == tmp_path / "here"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container that runs under any number: kernels are built all the same."""
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("CUSTOM_OPS_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cuda_build.cache_dir() == Path(tempfile.gettempdir()) / f"custom_ops-{os.getuid()}"
+
+
+def test_a_cache_that_cannot_be_written(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a reason that a report and the doctor show, unless what it would hold was built ahead."""
+    monkeypatch.setattr(platform, "cuda_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cuda_build.os, "access", lambda path, mode: False)
+    assert "cannot be written to; set CUSTOM_OPS_CACHE_DIR" in (cuda_build.why_not() or "")
+    with pytest.raises(
+        RuntimeError, match=r"CUDA C\+\+ kernels cannot be used: .* cannot be written"
+    ):
+        cuda_build.load()
+    monkeypatch.undo()
+    monkeypatch.setenv("CUSTOM_OPS_CACHE_DIR", str(nvcc / "log" / "inside of a file"))
+    (nvcc / "log").write_text("")
+    assert "cannot be made (Not a directory)" in (
+        cuda_build.cannot_write(cuda_build.cache_dir()) or ""
+    )
+
+
+def test_what_was_built_ahead_needs_no_cache_that_can_be_written(
+    nvcc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "cuda_capability", lambda device=None: (9, 0))
+    cuda_build.build([ARCH])
+    monkeypatch.setattr(cuda_build.os, "access", lambda path, mode: False)
+    assert cuda_build.why_not() is None
 
 
 # ---- the real compiler ------------------------------------------------------------------------------------------

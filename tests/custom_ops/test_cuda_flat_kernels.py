@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from custom_ops import library
-from custom_ops.scales import CODE_DTYPES, CODE_MODES
+from custom_ops.scales import CODE_DTYPES, CODE_MODES, SCALE_MODES
 from tests.custom_ops.helpers import assert_same_bits
 from tests.custom_ops.schemes import GATES, kernel
 
@@ -96,7 +96,7 @@ def test_a_given_scale(rows, cols, scale, dtype, codes, code_mode, seed) -> None
 @given(
     rows=st.sampled_from((1, 2, 3, 16, 64, 256, 257)),
     cols=st.sampled_from((8, 16, 24, 104, 128, 520, 1000, 1024, 2048, 8192, 8200)),
-    scale_mode=st.sampled_from(("divide", "divide_input")),
+    scale_mode=st.sampled_from(SCALE_MODES),
     min_amax=st.sampled_from((0.0, 1e-10)),
     dtype=dtypes,
     codes=st.sampled_from(CODE_DTYPES),

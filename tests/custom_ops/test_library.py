@@ -26,6 +26,7 @@ NAMES = {
     "moe_unpermute",
     "moe_reduce",
     "fused_moe",
+    "fused_moe_and_shared",
     "fused_moe_batched",
     "fused_moe_lora",
     "ep_dispatch",

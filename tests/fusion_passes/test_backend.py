@@ -272,7 +272,7 @@ def test_explain_reports_each_graph_and_leaves_nothing_behind():
     with settings.patch(fusions="all", allow_reference=True):
         last = fusion_passes.explain(fn, *GATED)
         assert [r.matches for r in fusion_passes.reports()] == [{"silu_mul": 1}, {"rms_norm": 1}]
-        assert last is fusion_passes.report()
+        assert last == fusion_passes.report()
         assert torch.equal(compiled(fn)(*GATED), fn(*GATED))  # not the zeros of before
 
 
@@ -348,6 +348,24 @@ def test_the_cache_of_inductor_works_across_processes(tmp_path, how):
         assert python(off, **where) == {"hits": 0, "matches": {}, "cached": False}
 
 
+def test_a_cache_that_cannot_be_written_costs_the_report_alone(tmp_path, monkeypatch):
+    """As in a container without a home: stock runs there, and so do we."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUSTOM_OPS_CACHE_DIR", str(tmp_path / "file" / "inside"))
+    inputs = random(9, 64), random(9, 64)
+    with pytest.warns(UserWarning, match=r"no report is kept .* set CUSTOM_OPS_CACHE_DIR"):
+        assert torch.equal(compiled(options=ON)(*inputs), silu_mul(*inputs))
+    assert fusion_passes.report().matches == {"silu_mul": 1}
+
+
+@pytest.mark.parametrize("what", ["report", "dump"])
+def test_what_cannot_be_written_is_an_error_of_its_setting(tmp_path, what):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "inside"
+    with pytest.raises(Exception, match=f"FUSION_PASSES_{what.upper()}=.* cannot be written"):
+        compiled(options={**ON, what: path})(random(11, 64), random(11, 64))
+
+
 def test_a_cached_graph_without_a_kept_report_says_so(tmp_path, monkeypatch):
     inputs = random(7, 64), random(7, 64)
     compiled(options=ON)(*inputs)
@@ -358,6 +376,27 @@ def test_a_cached_graph_without_a_kept_report_says_so(tmp_path, monkeypatch):
     assert report.from_cache
     assert "no report of that compilation is kept" in report.notes[0]
     assert "from the cache" in str(report)
+
+
+@pytest.mark.parametrize("how", ["backend", "stock Inductor"])
+def test_the_cache_hides_neither_a_dump_nor_a_fusion_that_is_missed(tmp_path, how):
+    """What is only asked for at the second compilation of a graph is done, though Inductor knows the graph."""
+
+    def once(**more):
+        torch.compiler.reset()
+        options = {**ON, "rms_norm": True, **more}
+        if how == "backend":
+            return compiled(options=options)(*GATED)
+        given = fusion_passes.inductor_options(**options)
+        return compiled(backend="inductor", options=given)(*GATED)
+
+    once()
+    once(dump=tmp_path)
+    assert [path.name for path in tmp_path.glob("*.silu_mul.txt")]
+    with pytest.raises(Exception, match="rms_norm fired nowhere"):
+        once(strict=True)
+    with pytest.raises(Exception, match="rms_norm fired nowhere"):  # and what failed is not kept
+        once(strict=True)
 
 
 def test_importing_is_cheap():

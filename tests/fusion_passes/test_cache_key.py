@@ -14,7 +14,7 @@ from fusion_passes import (
     Fusion,
     Pattern,
     Tensor,
-    manager,
+    cache_key,
     registry,
     settings,
     torch_internals,
@@ -47,17 +47,20 @@ def uuid(**options) -> str | None:
         {"allow_reference": True},
         {"verify": True},
         {"verify": "raise"},
+        {"strict": True},  # what is found under it has passed it
     ],
 )
 def test_what_changes_the_graph_is_in_the_key(options):
     assert uuid(**options) != uuid()
 
 
-@pytest.mark.parametrize(
-    "options", [{"report": True}, {"strict": True}, {"dump": "graphs"}, {"fusions": "default"}]
-)
+@pytest.mark.parametrize("options", [{"report": True}, {"warmup": "skip"}, {"fusions": "default"}])
 def test_nothing_else_is_in_the_key(options):
     assert uuid(**options) == uuid()
+
+
+def test_what_is_to_be_dumped_is_not_taken_from_the_cache():
+    assert uuid(dump="graphs") is None
 
 
 def test_the_key_knows_implementations_versions_and_sources(monkeypatch):
@@ -65,10 +68,10 @@ def test_the_key_knows_implementations_versions_and_sources(monkeypatch):
     monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")
     assert uuid() != before
     monkeypatch.undo()
-    monkeypatch.setattr(manager, "source_hash", lambda: "another")
+    monkeypatch.setattr(cache_key, "source_hash", lambda: "another")
     assert uuid() != before
     monkeypatch.undo()
-    monkeypatch.setattr(manager, "_versions", lambda: ("another",))
+    monkeypatch.setattr(cache_key, "_versions", lambda: ("another",))
     assert uuid() != before
 
 

@@ -9,7 +9,7 @@ from fusion_passes import registry
 from tests.custom_ops import test_fused
 from tests.custom_ops.quantization import test_schemes
 from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES
-from tests.fusion_passes import test_fusions
+from tests.fusion_passes import test_fusions, test_int8_pairs, test_products
 
 PROFILES = {"ci": 25, "nightly": 200}
 QUANTIZING = (*SCHEMES, ASYMMETRIC, *(f"{producer}_{scheme}" for producer, scheme in PAIRS))
@@ -40,6 +40,23 @@ def test_every_pair_of_a_fusion_and_a_scheme_draws_as_many_as_the_profile_says()
     test = test_fusions.test_each_pattern_is_equivalent
     assert set(QUANTIZING) <= {*registry()}
     assert set(QUANTIZING) <= {*parameters(test, "name")}
+    assert drawn(test) == hypothesis.settings().max_examples
+
+
+def test_every_pair_draws_as_many_in_int8():
+    test = test_int8_pairs.test_each_pair_is_equivalent
+    symmetric = {name for name in QUANTIZING if not name.endswith(ASYMMETRIC)}
+    assert {*parameters(test, "name")} == symmetric
+    assert drawn(test) == hypothesis.settings().max_examples
+
+
+def test_every_scheme_of_a_product_draws_as_many():
+    """The fusions that read quantized operands, by the dtype and the scopes of their scales."""
+    test = test_products.test_each_scheme_of_a_product
+    products = {
+        name for name, fusion in registry().items() if fusion.stage == 2 and fusion.patterns
+    }
+    assert {name for name, _ in test_products.SCHEMES} == products
     assert drawn(test) == hypothesis.settings().max_examples
 
 

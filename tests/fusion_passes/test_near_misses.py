@@ -179,7 +179,8 @@ def test_ragged_input_features_stay_right_and_are_reported(bias):
         random(6, 200),
     )
     assert result.report.matches == {"group_quant": 1}
-    assert misses(result, "block_scaled_linear")
+    (reason,) = misses(result, "block_scaled_linear")
+    assert "[6, 200] of [6, 256]" in reason
 
 
 SHIFTED = {

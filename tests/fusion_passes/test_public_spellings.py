@@ -54,7 +54,18 @@ def least_by_min_of_a_dimension(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (torch.round(x / scale) + zero).clamp(-128, 127).to(torch.int8), scale, zero
 
 
+def ends_at_once(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both ends by aminmax, as observers find them; the values are cast once more to be quantized."""
+    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / 255.0).clamp(min=1e-5)
+    zero = (-128 - torch.round(low / scale)).clamp(-128, 127)
+    codes = (torch.round(x.float() / scale) + zero).clamp(-128, 127)
+    return codes.to(torch.int8), scale, zero
+
+
 FOUND = {
+    ends_at_once: "token_quant_asymmetric",
     largest_by_max_of_a_dimension: "group_quant",
     bound_in_16_bits: "group_quant",
     bounded_scale_and_its_reciprocal: "token_quant",

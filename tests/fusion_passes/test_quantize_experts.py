@@ -248,3 +248,26 @@ def test_a_checkpoint_whose_blocks_cannot_be_joined():
     tensors = {f"{prefix}.0.down_proj.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="gate_proj has 200 rows; accepted"):
         quantize.load_fp8_block_(model, tensors)
+
+
+def test_a_cast_of_the_model_leaves_codes_and_scales():
+    _, experts = experts_of("gpt_oss")
+    coded = {n: t.dtype for n, t in experts.state_dict().items() if not n.endswith("bias")}
+    assert {torch.float8_e4m3fn, torch.float32} == {*coded.values()}
+    experts.half()
+    after = {name: tensor.dtype for name, tensor in experts.state_dict().items()}
+    assert coded.items() <= after.items()
+    assert {dtype for name, dtype in after.items() if name.endswith("bias")} == {torch.float16}
+    x, ids, weights = arguments()
+    assert experts(x.half(), ids, weights.half()).dtype == torch.float16
+
+
+def test_gradients_go_through_as_through_the_weights():
+    stock, experts = experts_of("qwen3_moe")
+    x, ids, weights = arguments()
+    found = []
+    for module in (stock, experts):
+        leaf = x.clone().requires_grad_()
+        (module(leaf, ids, weights.bfloat16()).float() * 1e-4).sum().backward()
+        found.append(leaf.grad)
+    assert difference(found[1], found[0]) < 0.1

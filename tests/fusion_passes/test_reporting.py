@@ -46,6 +46,7 @@ def test_the_report():
     assert {"canonical", "near_misses", "tidy", *registry()} == report.seconds.keys()
     text = str(report)
     assert all(name in text for name in registry())
+    assert "on, and fired nowhere: " in text
     assert f"{4 * 4 * 256:,}" in text
 
 
@@ -81,7 +82,7 @@ def test_reports_are_kept_until_reset():
     first, second = Report(graph="0/0"), Report(graph="1/0")
     reporting.add(first)
     reporting.add(second)
-    assert fusion_passes.report() is second
+    assert fusion_passes.report().graph == "1/0"
     assert fusion_passes.reports() == [first, second]
     fusion_passes.reset_reports()
     assert fusion_passes.reports() == []
@@ -128,3 +129,24 @@ def test_brackets_in_a_reason_are_printed():
     text = str(Report(states={"fused_moe": (True, "")}, near_misses=[miss], notes=["[a] note"]))
     assert "[num_experts, hidden_size]" in text
     assert "[a] note" in text
+
+
+def test_a_fusion_has_a_row_where_it_fired_or_is_off():
+    states = {"a": (True, "on by default"), "b": (False, "behind"), "c": (True, "named")}
+    report = Report(states=states, sites=[Site("c", "layers.0"), Site("c", "layers.1")])
+    lines = str(report).splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert rows == [["c", "2", "0", "", "named"], ["b", "off", "", "", "behind"]]
+    assert lines[-1] == "on, and fired nowhere: a"
+
+
+def test_the_latest_report_tells_of_the_graphs_before_it():
+    """A call breaks into graphs, the last of which has nothing to fuse: that is not all there is to say."""
+    for fusions in (["a", "b", "a"], ["a"], []):
+        reporting.add(Report(sites=[Site(name, "") for name in fusions]))
+    (note,) = fusion_passes.report().notes
+    assert note == "the latest of 3 graphs; fired in the others (fusion_passes.reports()): 3 a, 1 b"
+    assert [report.notes for report in fusion_passes.reports()] == [[], [], []]
+    fusion_passes.reset_reports()
+    reporting.add(Report())
+    assert fusion_passes.report().notes == []

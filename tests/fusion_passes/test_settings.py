@@ -105,6 +105,8 @@ def test_an_empty_variable_is_unset(monkeypatch):
         ),
         ("FUSION_PASSES_VERIFY", "rais", ["FUSION_PASSES_VERIFY=rais", "did you mean 'raise'"]),
         ("FUSION_PASSES_WARMUP", "ful", ["FUSION_PASSES_WARMUP=ful", "did you mean 'full'"]),
+        ("CUSTOM_OPS_DISABLE", "tritn", ["CUSTOM_OPS_DISABLE", "did you mean 'triton'"]),
+        ("CUSTOM_OPS_MOE_CHUNK_TOKENS", "0", ["CUSTOM_OPS_MOE_CHUNK_TOKENS", "accepted"]),
         ("FUSION_PASSES_STRICT", "2", ["FUSION_PASSES_STRICT=2", "accepted: `1` / `0`"]),
     ],
 )
@@ -240,7 +242,7 @@ def test_named_on_is_what_strict_expects():
         ({"verify": "raise"}, True),
         ({"report": True}, False),
         ({"dump": "folder"}, False),
-        ({"strict": True}, False),
+        ({"strict": True}, True),
     ],
 )
 def test_the_cache_key_holds_what_changes_the_output(options, changes):

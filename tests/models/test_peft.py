@@ -42,10 +42,11 @@ def adapted(
     adapter: str = "float32",
     scheme: str = "bf16",
     order: str = "before",
+    layers: int = LAYERS,
     **options: Any,
 ) -> Any:
     """A model with one adapter. scheme: of its linears; order: whether they were quantized before PEFT or after."""
-    model = copy.deepcopy(build(kind, scheme if order == "before" else "bf16", LAYERS))
+    model = copy.deepcopy(build(kind, scheme if order == "before" else "bf16", layers))
     torch.manual_seed(1)
     wide = adapter == "float32"
     adapted_model = peft.get_peft_model(model, config(**options), autocast_adapter_dtype=wide)
@@ -196,9 +197,14 @@ def test_dynamic_shapes_take_no_more_graphs_than_stock(adapter: str) -> None:
 NAMES = ["one", "__base__", "two", "three", "one"]
 
 
-def mixed(scheme: str = "bf16", adapter: str = "float32", saved: list[str] | None = None) -> Any:
+def mixed(
+    scheme: str = "bf16",
+    adapter: str = "float32",
+    saved: list[str] | None = None,
+    layers: int = LAYERS,
+) -> Any:
     """A model with three adapters that differ in rank, scaling and targets."""
-    model = copy.deepcopy(build("llama", scheme, LAYERS))
+    model = copy.deepcopy(build("llama", scheme, layers))
     wide = {"autocast_adapter_dtype": adapter == "float32"}
     torch.manual_seed(1)
     result = peft.get_peft_model(model, config(8, modules_to_save=saved), "one", **wide)
@@ -340,6 +346,153 @@ def test_a_scale_that_was_set_is_kept() -> None:
     expected = model(ids, adapter_names=["one"], use_cache=False).logits
     actual = from_peft(model)(ids, adapter_names=["one"], use_cache=False).logits
     assert max(errors(actual, expected)) < 0.05
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_from_peft_of_an_initialisation_that_changed_the_base(init: str) -> None:
+    """The base weights lack what the adapter began with, and the model has them as they are."""
+    wide = copy.deepcopy(build("llama", "bf16", 1)).float()
+    model = peft.get_peft_model(wide, config(init_lora_weights=init)).bfloat16().eval()
+    for name, parameter in model.requires_grad_(False).named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    ids = batch(1, 4)
+    expected = model(ids, use_cache=False).logits
+    actual = from_peft(model)(ids, adapter_names=["default"], use_cache=False).logits
+    assert max(errors(actual, expected)) < 0.05
+
+
+def test_from_peft_of_a_model_that_loaded_adapters_itself() -> None:
+    """`add_adapter` and `load_adapter` of transformers put PEFT's layers into the model, without a PeftModel."""
+    model = copy.deepcopy(build("llama", "bf16", 1))
+    torch.manual_seed(1)
+    model.add_adapter(config(), "one")
+    model.add_adapter(config(3, ("q_proj",)), "two")
+    model.eval().requires_grad_(False)
+    ids, expected = batch(2, 4), []
+    for row, name in enumerate(("two", "one")):
+        model.set_adapter(name)
+        expected.append(model(ids[row : row + 1], use_cache=False).logits)
+    actual = from_peft(model)(ids, adapter_names=["two", "one"], use_cache=False).logits
+    assert max(errors(actual, torch.cat(expected))) < 0.05
+
+
+def test_a_manager_over_layers_of_peft_is_refused() -> None:
+    model = copy.deepcopy(build("llama", "bf16", 1))
+    model.add_adapter(config())
+    for each in (model.bfloat16(), adapted(adapter="bfloat16", layers=1)):
+        with pytest.raises(ValueError, match=r"q_proj has adapters of PEFT; accepted: .*from_peft"):
+            AdapterManager(each, max_loaded=1, max_resident=1)
+
+
+def gpt2() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_head": 4, "n_positions": 64, "n_layer": 1, "vocab_size": 128}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **ids))
+    return model.bfloat16().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_linears_of_gpt2(compiled: bool, tmp_path: Path) -> None:
+    """Conv1D, a linear whose weight is transposed: with adapters of a PEFT model, and of a folder."""
+    names = ("c_attn", "c_proj", "c_fc")
+    model = peft.get_peft_model(gpt2(), config(4, names, fan_in_fan_out=True), "one").eval()
+    model.add_adapter("two", config(8, ("c_attn",), fan_in_fan_out=True))
+    model.requires_grad_(False).save_pretrained(tmp_path)
+    ids, rows = batch(3, 5) % 128, ["two", None, "one"]
+    asked = [name or "__base__" for name in rows]
+    expected = model(ids, adapter_names=asked, use_cache=False).logits
+    judge = copy.deepcopy(model).double()(ids, adapter_names=asked, use_cache=False).logits
+    loaded = AdapterManager(gpt2(), max_loaded=2, max_resident=2)
+    loaded.add("one", tmp_path / "one")
+    loaded.add("two", tmp_path / "two")
+    for manager in (from_peft(model), loaded):
+        if compiled:
+            manager.compile(fullgraph=True)
+        with torch.no_grad():
+            actual = manager(ids, adapter_names=rows, use_cache=False).logits
+        for ours, theirs in zip(errors(actual, judge), errors(expected, judge), strict=True):
+            assert ours <= 1.15 * theirs + 2e-3
+    wrong = loaded(ids, adapter_names=["one", "one", None], use_cache=False).logits
+    assert min(errors(wrong, judge)) > 0.1
+
+
+def test_a_head_saved_with_its_base_weight(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        copy.deepcopy(build("llama", "bf16", 1)), config(targets=("q_proj", "lm_head"))
+    )
+    model.eval().save_pretrained(tmp_path)
+    targets = {"target_modules": ["q_proj", "lm_head"], "max_loaded": 1, "max_resident": 1}
+    manager = AdapterManager(copy.deepcopy(build("llama", "bf16", 1)), **targets)
+    manager.add("a", tmp_path)
+    ids = batch(1, 4)
+    expected = model(ids, use_cache=False).logits
+    assert max(errors(manager(ids, adapter_names=["a"], use_cache=False).logits, expected)) < 0.05
+    other = copy.deepcopy(build("llama", "bf16", 1))
+    other.lm_head.weight.data *= 2
+    with pytest.raises(AdapterError, match=r"another lm_head\.base_layer\.weight"):
+        AdapterManager(other, **targets).add("a", tmp_path)
+
+
+@pytest.mark.parametrize("adapter", ["float32", "bfloat16"])
+def test_a_compiled_model_follows_its_adapters(adapter: str) -> None:
+    """Switched, disabled, merged, two at once, deleted: what eager computes then, in no more graphs than stock."""
+    from torch._dynamo.utils import counters
+
+    ids, graphs = tokens(6), {}
+    options: dict[str, Any] = {"options": {"fusions": "all"}, "backend": "fusion_passes"}
+    for side, how in (("stock", {"backend": "aot_eager"}), ("ours", options)):
+        torch.compiler.reset()
+        counters.clear()
+        model = adapted(adapter=adapter, layers=1)
+        model.add_adapter("two", config(4), autocast_adapter_dtype=adapter == "float32")
+        compiled = torch.compile(model.eval(), **how)
+
+        def follows(name: str, model: Any = model, compiled: Any = compiled) -> None:
+            with torch.no_grad():
+                pair = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+            assert max(errors(*pair)) < 0.05, name
+
+        follows("the first")
+        model.set_adapter("two")
+        follows("the second")
+        with model.disable_adapter():
+            follows("disabled")
+        model.merge_adapter()
+        follows("merged")
+        model.unmerge_adapter()
+        model.base_model.set_adapter(["default", "two"])
+        follows("both")
+        model.delete_adapter("two")
+        model.set_adapter("default")
+        follows("deleted")
+        graphs[side] = counters["stats"]["unique_graphs"]
+    assert graphs["ours"] <= graphs["stock"]
+
+
+def test_training_is_left_as_it_is() -> None:
+    """Gradients reach the adapters: what a fusion makes has none, and stays out of such a graph."""
+    model = adapted(layers=1, init_lora_weights=True).train()
+    ids = tokens(6)
+
+    def gradients(call: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        call(ids, use_cache=False).logits.float().square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(model)
+    fusion_passes.reset_reports()
+    compiled = torch.compile(model, backend="fusion_passes", options={"fusions": "all"})
+    actual = gradients(compiled)
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 14
+    for name, gradient in expected.items():
+        error = float((actual[name] - gradient).norm() / (gradient.norm() + 1e-12))
+        assert error < 0.05, name
+    assert not any("lora_linear" in report.matches for report in fusion_passes.reports())
 
 
 def untouched(model: Any, error: type[Exception], words: str) -> None:

@@ -85,7 +85,14 @@ class Buffer:
 
     # High throughput
 
-    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple:
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple:
         hold(topk_idx.dim() == 2 and topk_idx.is_contiguous(), "topk_idx")
         hold(topk_idx.dtype == torch.int64, "topk_idx.data_ptr<int64_t>()")
         ids = topk_idx.tolist()
@@ -124,6 +131,9 @@ class Buffer:
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
         config: Config | None = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
     ) -> tuple:
         assert handle is None
         assert num_tokens_per_rank is not None
@@ -216,6 +226,9 @@ class Buffer:
         topk_weights: Tensor | None = None,
         bias: Any = None,
         config: Config | None = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
     ) -> tuple:
         prefix, _, starts, sources, _, send_head = handle
         config = config or Config(self.num_sms, 6, 256)
@@ -392,6 +405,12 @@ class ElasticBuffer:
         use_fp8_dispatch: bool = False,
         deterministic: bool = False,
         allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
@@ -411,12 +430,30 @@ class ElasticBuffer:
     def dispatch(
         self,
         x: Tensor | tuple[Tensor, Tensor],
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        num_experts: int,
-        num_max_tokens_per_rank: int,
-        do_cpu_sync: bool,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        cumulative_local_expert_recv_stats: Any = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple:
+        assert topk_idx is not None
+        assert topk_weights is not None
+        assert num_experts is not None
+        assert num_max_tokens_per_rank is not None
+        assert do_cpu_sync is not None
         x, scale = x if isinstance(x, tuple) else (x, None)
         most, top_k = num_max_tokens_per_rank, topk_idx.shape[1]
         hold(not do_cpu_sync and x.is_contiguous() and topk_idx.is_contiguous(), "contiguous")
@@ -458,7 +495,19 @@ class ElasticBuffer:
             received = received, recv_scale
         return received, recv_ids, recv_weights, handle, None
 
-    def combine(self, x: Tensor, handle: EPHandle) -> tuple:
+    def combine(
+        self,
+        x: Tensor,
+        handle: EPHandle,
+        topk_weights: Tensor | None = None,
+        bias: Any = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple:
         metadata, ids = handle.recv_src_metadata, handle.topk_idx
         most, top_k = handle.num_max_tokens_per_rank, handle.topk_idx.shape[1]
         ends = handle.psum_num_recv_tokens_per_scaleup_rank

@@ -41,7 +41,7 @@ def everything(group: str, rank: int, ranks: int) -> dict:
         "high": properties.random_routings(group, rank, ranks, 0, 3 * few, **HIGH),
         "low": low_latency_properties.random_routings(group, rank, ranks, few // 2, (2048, 384)),
         "strided": strided(group, rank, ranks),
-        "made": (module.Buffer.made, sorted(key[1:] for key in buffers._buffers)),
+        "made": (module.Buffer.made, sorted(key[2:] for key in buffers._buffers)),
         "timeout": timeout(group, rank, ranks, module),
     }
     buffers.release()

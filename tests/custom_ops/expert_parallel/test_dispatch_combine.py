@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 import custom_ops
 from custom_ops.expert_parallel import ExchangeError
 from custom_ops.expert_parallel.agreement import CHANNELS
-from tests.custom_ops.expert_parallel import properties
+from tests.custom_ops.expert_parallel import layer_properties, properties
 from tests.custom_ops.expert_parallel.processes import spawn
 
 # Ranks, and how many random routings they go through.
@@ -95,6 +95,12 @@ def left_alone(group: str, rank: int, ranks: int, op: str, how: str) -> tuple[st
     x, ids = torch.ones(3, 8), torch.arange(ranks).expand(3, ranks)
     args = (x, None, ids, torch.ones(3, ranks), ranks, group)
     out = custom_ops.ep_dispatch(*args)
+    case = layer_properties.Case((3,) * ranks)
+    drawn, words = layer_properties.draw(case, rank, "cpu")
+    gather = functools.partial(
+        custom_ops.ep_fused_moe, *drawn, group, exchange="gather", max_tokens=4, **words
+    )
+    gather()
     if rank == ranks - 1:
         if how == "died":
             os._exit(0)
@@ -104,6 +110,7 @@ def left_alone(group: str, rank: int, ranks: int, op: str, how: str) -> tuple[st
     again = {
         "ep_dispatch": lambda: custom_ops.ep_dispatch(*args),
         "ep_combine": lambda: custom_ops.ep_combine(out[0], *out[5:], group),
+        "ep_fused_moe": gather,
     }
     with pytest.raises(ExchangeError) as caught:
         again[op]()
@@ -112,7 +119,13 @@ def left_alone(group: str, rank: int, ranks: int, op: str, how: str) -> tuple[st
 
 @pytest.mark.parametrize(
     ("ranks", "op", "how"),
-    [(2, "ep_dispatch", "died"), (3, "ep_combine", "died"), (2, "ep_dispatch", "stayed away")],
+    [
+        (2, "ep_dispatch", "died"),
+        (3, "ep_combine", "died"),
+        (2, "ep_dispatch", "stayed away"),
+        (2, "ep_fused_moe", "died"),
+        (2, "ep_fused_moe", "stayed away"),
+    ],
 )
 def test_a_peer_that_does_not_answer_is_named(tmp_path, ranks, op, how):
     """Within the time-out of the group and the grace after it, never a hang."""

@@ -44,7 +44,7 @@ def single_calls(draw, floats=(True, False)) -> Single:
     tokens = draw(st.sampled_from((1, 7, 16, 17, 32, 50, 64, 100, 129, 300)))
     channels = draw(st.sampled_from((8, 64, 72, 512, 1000, 4104)))
     columns = draw(st.sampled_from((8, 64, 136, 384, 1032, 4096)))
-    rank = draw(st.sampled_from((8, 16, 24, 40, 64, 128)))
+    rank = draw(st.sampled_from((8, 16, 24, 40, 64, 128, 256)))
     dtype = draw(st.sampled_from(DTYPES))
     own = torch.float32 if draw(st.sampled_from(floats)) else dtype
     return Single(

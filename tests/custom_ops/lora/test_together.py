@@ -29,7 +29,7 @@ def calls(draw) -> tuple:
     x = draw(relayouts(normal(seed, (draw(st.sampled_from((1, 5, 70))), channels), dtype)))
     layers = []
     for index in range(draw(st.integers(1, 4))):
-        first, rank = seed + 10 * index, draw(st.sampled_from((1, 8, 17)))
+        first, rank = seed + 10 * index, draw(st.sampled_from((1, 8, 17, 80)))
         columns = draw(st.sampled_from((1, 16, 40)))
         layers.append(
             (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
+from torch._inductor import cudagraph_trees
 
 import custom_ops
 import fusion_passes
@@ -71,6 +73,10 @@ def alone_on_a_gpu(tmp_path, monkeypatch):
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
     yield torch.distributed.group.WORLD.group_name
+    # NCCL does not let go of a communicator that a CUDA graph was captured with.
+    torch._dynamo.reset()
+    cudagraph_trees.reset_cudagraph_trees()
+    gc.collect()
     torch.cuda.synchronize()
     torch.distributed.destroy_process_group()
 
@@ -88,7 +94,7 @@ def test_captured_pieces(alone_on_a_gpu, monkeypatch, mode, max_tokens, pieces):
     replays = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(
-        torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay(self))[1]
+        torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(1), replay(self))[1]
     )
     torch._dynamo.reset()
     ids = moe_zoo.tokens(16).cuda()

@@ -247,6 +247,26 @@ def test_modules_to_save_that_do_not_fit(saved: dict[str, torch.Tensor], words: 
     refused(given, words, modules_to_save=["score"])
 
 
+def with_base(weight: torch.Tensor) -> Any:
+    """As PEFT saves an adapter of a head or an embedding: with the weight that it is added to."""
+    config, tensors = source()
+    return config, tensors | {f"{ROOT}layers.1.q_proj.base_layer.weight": weight}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_base_weights_may_be_repeated(dtype: torch.dtype) -> None:
+    loaded = manager()
+    weight = loaded.model.layers[1].q_proj.weight
+    loaded.add("a", with_base(weight.to(dtype)))
+    assert loaded.list()[0].modules == 6
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (47, 32)])
+def test_base_weights_may_not_be_changed(shape: tuple[int, int]) -> None:
+    words = r"another layers\.1\.q_proj\.base_layer\.weight than the model has.*save_embedding_layers=False"
+    refused(with_base(torch.ones(shape)), words)
+
+
 def broken(folder: Path, name: str, content: bytes | None) -> Path:
     config, tensors = source()
     write(folder, config, tensors)

@@ -1,0 +1,64 @@
+"""Norms in a spelling that no pattern has: too far from all of them for a near miss, and told all the same.
+
+x / sqrt(mean(x * x) + eps)          a division by a root rounds differently from a product with rsqrt
+x * rsqrt(sum(x * x) / n + eps)      the same value, spelt in a way that is not read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_passes.operations import describe, is_tensor, module_path, transparent
+from fusion_passes.reporting import NearMiss
+
+FUSION = "rms_norm"
+_ROOTS = {"aten.sqrt.default": "a square root", "aten.rsqrt.default": "rsqrt"}
+_ON_THE_WAY = {"cast", "add", "div", "mul", "aten.clamp_min.default"}
+
+
+def find(graph: fx.Graph) -> Iterator[NearMiss]:
+    """One near miss for each root of a mean of squares that is left in a graph whose norms were recognized."""
+    for node in graph.nodes:
+        operation = describe(node)
+        if operation is None or operation.name not in _ROOTS:
+            continue
+        mean = _mean_of_squares(node)
+        if mean is None:
+            continue
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        where = module_path(node)
+        if operation.name == "aten.sqrt.default":
+            why = "every known spelling multiplies by rsqrt, which rounds differently from a division by a root"
+        elif node.meta["val"].dtype is not torch.float32:
+            why = "every known spelling computes it in float32"
+        else:
+            why = "what surrounds it is no known spelling of a norm"
+        reason = f"{node.name} is {_ROOTS[operation.name]} of a mean of squares ({mean.name}) in {dtype}: {why}"
+        yield NearMiss(FUSION, where, node.name, reason)
+
+
+def _mean_of_squares(root: fx.Node) -> fx.Node | None:
+    """The mean, or the sum that is divided by a number, of squares that a root is of; None where it is of none."""
+    node, divided = _source(root.args[0]), False
+    while node is not None and (operation := describe(node)) is not None:
+        if operation.name == "mean" or (operation.name == "sum" and divided):
+            squared = _source(operation.operands[0])
+            inner = describe(squared) if squared is not None else None
+            return node if inner is not None and inner.name == "square" else None
+        if operation.name not in _ON_THE_WAY:
+            return None
+        tensors = [operand for operand in operation.operands if is_tensor(operand)]
+        divided = divided or (operation.name in ("div", "mul") and len(tensors) == 1)
+        node = _source(tensors[0]) if tensors else None
+    return None
+
+
+def _source(value: Any) -> fx.Node | None:
+    """What a value is through views; None for what is no tensor."""
+    while is_tensor(value) and (step := transparent(value)) is not None:
+        value = step[0]
+    return value if is_tensor(value) else None
