@@ -156,10 +156,10 @@ class _Build:
         self._report(self.total - len(missing), "")
         failures: list[str] = []
         pool = ThreadPoolExecutor(self.outcome.workers, thread_name_prefix="jit")
-        jobs: dict[Future[float | None], Kernel] = {
-            pool.submit(self._one, kernel): kernel for kernel in missing
-        }
-        try:
+        try:  # from the first job on: Ctrl-C may come before the last one
+            jobs: dict[Future[float | None], Kernel] = {
+                pool.submit(self._one, kernel): kernel for kernel in missing
+            }
             self._collect(jobs, failures, self.total - len(missing))
         except BaseException:  # Ctrl-C above all: the children are in sessions of their own
             self._stop()

@@ -207,8 +207,11 @@ def test_ctrl_c_ends_the_compilers_and_keeps_what_is_done(children, cache: Path)
     (process,) = children(_interrupted)
     until(lambda: StandIn().count() == 4)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join(20)
+    for _ in range(3):  # Python drops an interrupt that comes while a finalizer runs
+        os.kill(process.pid, signal.SIGINT)
+        process.join(6)
+        if process.exitcode is not None:
+            break
     assert process.exitcode == 7
     assert time.monotonic() - start < 20  # and not the 30 s that its compilers sleep
     assert store.is_compiled(StandIn(), kernels(1)[0], CPU)
