@@ -195,6 +195,9 @@ def test_after_a_killed_writer_the_next_start_recovers(children, cache: Path) ->
 
 
 def _interrupted() -> None:
+    # Forked of a process whose earlier tests may have left Ctrl-C ignored or blocked.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         build(kernels(4), StandIn(sleep=30), workers=3)
     except KeyboardInterrupt:
