@@ -195,9 +195,8 @@ def test_after_a_killed_writer_the_next_start_recovers(children, cache: Path) ->
 
 
 def _interrupted() -> None:
-    # Forked of a process whose earlier tests may have left Ctrl-C ignored or blocked.
+    # A shell ignores SIGINT in what it starts in the background, such as a run of these tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         build(kernels(4), StandIn(sleep=30), workers=3)
     except KeyboardInterrupt:
@@ -210,11 +209,8 @@ def test_ctrl_c_ends_the_compilers_and_keeps_what_is_done(children, cache: Path)
     (process,) = children(_interrupted)
     until(lambda: StandIn().count() == 4)
     assert process.pid is not None
-    for _ in range(3):  # Python drops an interrupt that comes while a finalizer runs
-        os.kill(process.pid, signal.SIGINT)
-        process.join(6)
-        if process.exitcode is not None:
-            break
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
     assert process.exitcode == 7
     assert time.monotonic() - start < 20  # and not the 30 s that its compilers sleep
     assert store.is_compiled(StandIn(), kernels(1)[0], CPU)
