@@ -86,7 +86,7 @@ def raw_dispatch(
     """What a layer written for DeepEP calls."""
     from custom_ops.expert_parallel import buffers
 
-    buffer = buffers.high_throughput("bench", world.group, 2 * x.shape[1])
+    buffer = buffers.high_throughput("bench", world.group, 2 * x.shape[1], counted=True)
     to_rank, _, to_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, world.sizes.experts)
     return buffer.dispatch(
         x if scale is None else (x, scale),
@@ -103,7 +103,7 @@ def raw_combine(world: World, y: Tensor, handle: Iterable[Tensor]) -> Any:
     from custom_ops.expert_parallel import buffers
 
     sent, sources, ranks, channels = handle
-    buffer = buffers.high_throughput("bench", world.group, 2 * y.shape[1])
+    buffer = buffers.high_throughput("bench", world.group, 2 * y.shape[1], counted=True)
     config = buffers.combine_config(world.ranks)
     return buffer.combine(y, (ranks, None, channels, sources, None, sent), config=config)
 

@@ -3,6 +3,11 @@
 Making one is collective: every rank of the group makes the same ones in the same order, which it does if it calls the
 ops in the same order. Freeing one waits for the other ranks, so none is freed after an exchange has failed, and none
 whose group made room for another of its name, of which nobody knows whether it has the same ranks.
+
+A high-throughput buffer has one set of counters, into which the GPU writes the rows that every dispatch will receive
+and which the host reads for those that it waits for. A dispatch that nobody waits for may still be on its way, or be
+replayed by a CUDA graph, when the host begins to wait for a later one, and would take the counts of the earlier for
+those of the later: rows beyond the memory that was made for them. So those with `max_tokens` have buffers of their own.
 """
 
 from __future__ import annotations
@@ -52,9 +57,10 @@ def batch(which: int) -> Iterator[None]:
         _batch.reset(token)
 
 
-def high_throughput(op: str, group: str, row_bytes: int) -> Any:
-    """The `deep_ep.Buffer` for rows of at most so many bytes."""
-    key = (group, groups.number(op, group), "high_throughput", row_bytes, _batch.get())
+def high_throughput(op: str, group: str, row_bytes: int, counted: bool) -> Any:
+    """The `deep_ep.Buffer` for rows of at most so many bytes. counted: the host waits for how many will come."""
+    mode = "counted" if counted else "not counted"
+    key = (group, groups.number(op, group), "high_throughput", mode, row_bytes, _batch.get())
     if key not in _buffers:
         deep_ep, ranks = package(), groups.size(op, group)
         size = max(

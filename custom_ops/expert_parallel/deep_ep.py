@@ -47,7 +47,7 @@ def ep_dispatch(
     with platform.on_device(x), naming(op, group):
         if not max_tokens:
             groups.refuse_capture(op)
-        buffer = _buffer(op, group, x, about)
+        buffer = _buffer(op, group, x, max_tokens, about)
         to_rank, _, to_expert, is_in_rank, _ = buffer.get_dispatch_layout(ids, num_experts)
         # Without `max_tokens` the host waits here, for the number of rows that it has to allocate.
         received, recv_ids, recv_weights, counts, handle, _ = buffer.dispatch(
@@ -98,7 +98,7 @@ def ep_combine(
     op = "ep_combine"
     about = about_combine(y, max_tokens)
     with platform.on_device(y), naming(op, group):
-        buffer = _buffer(op, group, y, about)
+        buffer = _buffer(op, group, y, max_tokens, about)
         # It writes into `sent`, one negative number over another, and an op does not write into what it is given.
         handle = ranks, None, channels, sources, None, sent.clone()
         config = buffers.combine_config(buffer.group_size)
@@ -107,10 +107,11 @@ def ep_combine(
     return out
 
 
-def _buffer(op: str, group: str, x: Tensor, about: dict[str, Any]) -> Any:
+def _buffer(op: str, group: str, x: Tensor, max_tokens: int, about: dict[str, Any]) -> Any:
     agree_once(op, group, x.device, about)
     # For codes too as large as for 16 bits, which is what the results come back in.
-    return buffers.high_throughput(op, group, x.shape[1] * max(2, x.element_size()))
+    row_bytes = x.shape[1] * max(2, x.element_size())
+    return buffers.high_throughput(op, group, row_bytes, counted=not max_tokens)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.num_qps = low_latency_mode, num_qps_per_rank
         self.explicitly_destroy = explicitly_destroy
+        self._not_waited_for = False
         self._everyone((num_nvl_bytes, num_rdma_bytes, low_latency_mode))
         Buffer.made += 1
 
@@ -194,6 +195,9 @@ class Buffer:
         weights = torch.where(here, rows["weights"], 0.0)
         counts = [int((ids == expert).sum()) for expert in range(local)]
         arrived = torch.cat(kept).int()
+        # Of the real one the host would take the counts of a dispatch that is still on its way for those of this one.
+        hold(num_worst_tokens > 0 or not self._not_waited_for, "an illegal memory access")
+        self._not_waited_for |= num_worst_tokens > 0
         if num_worst_tokens:
             hold(num_worst_tokens >= len(arrived), "an illegal memory access")
             more = num_worst_tokens - len(arrived)

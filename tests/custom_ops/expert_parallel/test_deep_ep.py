@@ -130,10 +130,11 @@ def test_it_equals_the_reference(tmp_path, ranks):
             assert found["high"][f"{op} reference"] > 5
             assert found["low"][f"{op}_low_latency deep_ep_low_latency"] > 1
             assert found["low"][f"{op}_low_latency reference"] > 1
-        # One for each size, whatever the dtypes and however often they are used.
+        # One for each size and for whether the host waits, whatever the dtypes and however often they are used.
         made, keys = found["made"]
         assert made == len(keys) == len(set(keys))
-        assert {key[1] for key in keys if key[0] == "high_throughput"} >= {64, 512, 768}
+        for mode in ("counted", "not counted"):
+            assert {key[2] for key in keys if key[:2] == ("high_throughput", mode)} >= {64, 512}
         assert (found["left"], found["destroyed"]) == (0, made)
         if rank == 0:
             message = found["timeout"]

@@ -37,6 +37,7 @@ def high_throughput(group: str, rank: int) -> dict:
             group, rank, RANKS, 0, 100, DEVICE, most_tokens=40, hiddens=(16, 32, 256, 512)
         ),
         "graph": captured_high_throughput(group, rank),
+        "behind a graph": counted_behind_a_graph(group, rank),
     }
     for dtype, groups in ((torch.bfloat16, 0), (properties.FP8, 56)):
         case = properties.Case((300, 131), 64, 8, 7168, 0, 64, dtype=dtype, groups=groups)
@@ -127,6 +128,7 @@ def test_deep_ep(found):
         # A row of 16 codes of 8 bits is too short for DeepEP.
         assert each["random"]["ep_dispatch reference"] > 0
         assert each["graph"] == 20
+        assert each["behind a graph"] == 10
 
 
 @needs_deep_ep
@@ -161,6 +163,32 @@ def captured_high_throughput(group: str, rank: int) -> int:
         replayed = out.clone()
         assert torch.equal(replayed, layer())
     return 20
+
+
+def counted_behind_a_graph(group: str, rank: int) -> int:
+    """The host waits for a number of rows while dispatches that it does not wait for are still on their way."""
+    few, many = (
+        (
+            torch.full((count, 256), rank + 1, dtype=torch.bfloat16, device=DEVICE),
+            None,
+            torch.arange(2 * count, device=DEVICE).view(count, 2) % 4,
+            torch.ones(count, 2, device=DEVICE),
+            4,
+            group,
+        )
+        for count in (1, 3000)
+    )
+    graph, _ = capture(lambda: custom_ops.ep_dispatch(*few, max_tokens=1)[0])
+    expected = custom_ops.ep_dispatch(*many)
+    assert len(expected[0]) == 2 * 1500
+    for _ in range(10):
+        torch.cuda.synchronize()
+        for _ in range(30):
+            graph.replay()
+        found = custom_ops.ep_dispatch(*many)
+        for a, b in zip(found[:5], expected[:5], strict=True):
+            assert torch.equal(a, b)
+    return 10
 
 
 def captured(group: str, rank: int, hidden: int) -> str:
