@@ -15,14 +15,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 
 # Without an NVIDIA GPU: the last torch with a CPU build at hand, and the triton that pairs with it,
-# which the CPU build does not bring. With one: whatever torch is newest, which brings its triton.
+# which the CPU build does not bring. With one: the newest torch that is supported, which brings its triton.
 TORCH_INDEX ?=
 GPU := $(shell command -v nvidia-smi)
 ifeq ($(GPU),)
 TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),triton==3.7.1)
 else
-TORCH ?= torch>=2.11
+TORCH ?= torch>=2.11,<2.14
 TRITON ?=
 endif
 

@@ -1,4 +1,4 @@
-"""`python -m bench run | show | plot | compare | tune | moe | warmup | readme`."""
+"""`python -m bench run | show | compare | plot | tune | readme`, and what is measured apart from the suites."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ LARGE_AT_A_TIME = 3
 
 _large: Any = None
 """In a worker: the semaphore of those cases."""
+_turn: Any = None
+"""In a worker: the lock of the GPU."""
 
 
 @dataclass
@@ -49,11 +51,17 @@ class Done:
         return f"{said}, {len(self.errors)} not: {self.errors[0]}" if self.errors else said
 
 
-def run(tasks: Sequence[Callable[[], Any]], processes: int = 0, seconds: float = 120.0) -> Done:
+def run(
+    tasks: Sequence[Callable[[], Any]],
+    processes: int = 0,
+    seconds: float = 120.0,
+    got: Callable[[Any], None] | None = None,
+) -> Done:
     """Call each task in one of the processes, for no longer than `seconds`; what is left then is not called.
 
     tasks: functions of modules, or partials of them, which are sent to the processes by name.
     processes: 0 stands for one on each core but one.
+    got: takes what a task returned, here, as soon as it is there.
     """
     _make_keys_alike()
     done = Done()
@@ -64,7 +72,7 @@ def run(tasks: Sequence[Callable[[], Any]], processes: int = 0, seconds: float =
         min(count, max(1, len(tasks))),
         mp_context=context,
         initializer=_begin,
-        initargs=(context.Semaphore(LARGE_AT_A_TIME),),
+        initargs=(context.Semaphore(LARGE_AT_A_TIME), context.Lock()),
     )
     futures = [pool.submit(task) for task in tasks]
     try:
@@ -75,6 +83,8 @@ def run(tasks: Sequence[Callable[[], Any]], processes: int = 0, seconds: float =
                 break
             if error is None:
                 done.compiled += 1
+                if got is not None:
+                    got(future.result())
             else:
                 done.errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:400])
     except concurrent.futures.TimeoutError:  # the built-in one from Python 3.11 on
@@ -91,9 +101,9 @@ def run(tasks: Sequence[Callable[[], Any]], processes: int = 0, seconds: float =
     return done
 
 
-def _begin(large: Any) -> None:
-    global _large
-    _large = large
+def _begin(large: Any, turn: Any) -> None:
+    global _large, _turn
+    _large, _turn = large, turn
     sys.stdout = sys.stderr  # what is printed here is no table
     import torch._inductor.config as inductor
 
@@ -133,6 +143,11 @@ def unlaunched() -> Iterator[None]:
 
     with mock.patch.object(CachingAutotuner, "run", _nothing):
         yield
+
+
+def turn() -> contextlib.AbstractContextManager[Any]:
+    """To hold while the GPU is used by a process that times on it: in a worker, one of them at a time."""
+    return contextlib.nullcontext() if _turn is None else _turn
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from bench.expert_parallel_world import World
 from custom_ops.expert_parallel import (
     ep_combine_low_latency,
     ep_dispatch_low_latency,
-    reference,
 )
 
 BATCH_TILE = 256  # a multiple of what rows of each expert DeepGEMM takes
@@ -65,14 +64,6 @@ class Layer:
         ranks = self.world.ranks
         x, ids, weights = (torch.cat([t] * ranks) for t in (x, ids, weights))
         return self.experts(x, weights, torch.where(ids < self.world.local, ids, -1))
-
-    def over_nccl(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """By the reference of the ops."""
-        rest = self.world.sizes.experts, self.world.group
-        out = reference.ep_dispatch(x, None, ids, weights, *rest)
-        y = self.experts(out[0], out[3], out[2])
-        args: Any = (y, *out[5:], self.world.group)
-        return reference.ep_combine(*args)
 
     def gathered(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every token to every rank, and the sums of what the ranks make of it back."""

@@ -3,12 +3,14 @@
 A point is a compilation and two short timings. Stock's graphs are compiled first, side by side (see `bench.ahead`), and
 then each point takes a fraction of a second on an H100. The points come coarse ones first, each op at each width, so
 that a run that is out of time has measured the whole range; then the others, small ones first, for there ours has
-least to gain. A run goes on where an earlier one stopped: `--resume` names its file.
+least to gain. A run goes on where an earlier one stopped: `--resume` names its file. With `--timers` several processes
+compile and take turns on the GPU, which then waits for none of them: some ten points a second.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -129,6 +131,17 @@ def _stock(case: Case) -> Callable[..., Any]:
     return torch.compile(case.plain, dynamic=False, fullgraph=True)
 
 
+def time_point(name: str, tokens: int, width: int, device: str) -> Row:
+    """A row, by one of several processes that take turns on the GPU."""
+    where = torch.device(device)
+    with ahead.room(OPS[name](tokens, width)):
+        return measure(name, tokens, width, where, _clock(where))
+
+
+def _clock(device: torch.device) -> Any:
+    return QuickTimer() if device.type == "cuda" else HostTimer(reps=1)
+
+
 def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any) -> Row:
     """One row, `<op>` by the number of tokens and the width; a side that raises is an error and not timed."""
     from custom_ops import library
@@ -138,7 +151,8 @@ def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any
     row.fusion = case.fusion
     torch.compiler.reset()
     with torch.no_grad():
-        inputs = case.inputs(device)
+        with ahead.turn():
+            inputs = case.inputs(device)
         assert case.op is not None
         assert case.op_args is not None
         op = library.ops()[case.op]
@@ -149,18 +163,24 @@ def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any
             "inductor": lambda: compiled(*inputs),
         }
         times: dict[str, list[float]] = {side: [] for side in sides}
+        with (
+            contextlib.suppress(Exception),
+            ahead.unlaunched(),
+        ):  # it says so again when it is timed
+            compiled(*inputs)
 
-        def turn() -> None:
+        def both() -> None:
             for side, call in sides.items():
                 try:
                     times[side].append(clock.warm(call))
                 except Exception as error:  # one side must not cost the other its device time
                     row.errors[side] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
-        turn()
-        if not row.errors and times["inductor"][0] < AHEAD * times["ours"][0]:
-            for _ in range(AGAIN):
-                turn()
+        with ahead.turn():
+            both()
+            if not row.errors and times["inductor"][0] < AHEAD * times["ours"][0]:
+                for _ in range(AGAIN):
+                    both()
         row.warm_us = {side: statistics.median(found) for side, found in times.items() if found}
         chosen = op.choose(*args, **kwargs).implementation
         row.chosen = chosen.name if chosen else ""
@@ -211,6 +231,7 @@ def heat(
         float, typer.Option(help="compile stock's graphs side by side first, for no longer")
     ] = 2.5,
     processes: Annotated[int, typer.Option(help="how many compile; 0: one less than cores")] = 0,
+    timers: Annotated[int, typer.Option(help="how many take turns to measure")] = 1,
     resume: Annotated[
         list[Path] | None, typer.Option(help="a file of an earlier run, whose points are left out")
     ] = None,
@@ -235,7 +256,7 @@ def heat(
     left = [point for point in every if point not in measured(earlier)]
     if ahead_minutes > 0:
         print(_compiled_ahead(left, where, processes, 60 * ahead_minutes), file=sys.stderr)
-    clock: Any = QuickTimer() if where.type == "cuda" else HostTimer(reps=1)
+    clock = _clock(where)
     session = results.describe(SUITE, where, clock.name, _copy_bandwidth(where))
     for run in earlier:
         if run.device["name"] != session.device["name"]:
@@ -245,17 +266,29 @@ def heat(
             )
     session.commit = commit or session.commit
     session.command = session.command.replace("-m bench", "-m bench.heat", 1)
-    for point in left:
-        if time.monotonic() - begun > 60 * minutes:
-            break
-        row = measure(*point, where, clock)
-        _give_back(where)
+
+    def got(row: Row) -> None:
+        nonlocal saved
         row.finish(session.copy_gbps)
         session.rows.append(row)
         print(_line(row), file=sys.stderr, flush=True)
         if time.monotonic() - saved > SAVED_EVERY:  # a run that is cut off keeps what it has
             merged([*earlier, session]).save(out)
             saved = time.monotonic()
+
+    if timers > 1:
+        task = importlib.import_module("bench.heat").time_point  # as in _compiled_ahead
+        seconds = max(1.0, 60 * minutes - (time.monotonic() - begun))
+        tasks = [partial(task, *point, str(where)) for point in left]
+        for problem in ahead.run(tasks, timers, seconds, got).errors:
+            print(problem, file=sys.stderr)
+    else:
+        for point in left:
+            if time.monotonic() - begun > 60 * minutes:
+                break
+            row = measure(*point, where, clock)
+            _give_back(where)
+            got(row)
     whole = merged([*earlier, session])
     path = whole.save(out)
     for line in (HEADS, *summary(whole.rows)):

@@ -22,16 +22,17 @@ KINDS = {
 }
 
 
+def has_ways(row: Row) -> bool:
+    """Whether a row is of the lora suite, with the ways of a linear layer timed one by one."""
+    return row.case in KINDS and any(name.startswith("way ") for name in row.warm_us)
+
+
 def distil(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
     """A row for each kind and size, with the microseconds of each way; the row of ways that is measured last decides.
 
     Batches of one size differ in their adapters, which a call does not know: the slowest of them counts for each way.
     """
-    measured = [
-        (run, row)
-        for run, row in pairs
-        if row.case in KINDS and any(name.startswith("way ") for name in row.warm_us)
-    ]
+    measured = [(run, row) for run, row in pairs if has_ways(row)]
     if not measured:
         raise ValueError("results: there is no row of the lora suite")
     # one size may have been measured under two names of a case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,16 @@ def draw_heat(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def _heat(rows: Sequence[Row], device: str) -> Any:
-    """A panel for each op: widths over tokens, white where both are as fast, blue where ours is faster."""
+    """A panel for each op: widths over tokens, white where both are as fast, blue where ours is faster.
+
+    An op of which less than half is measured, beside the one of which most is, has a line in the table only.
+    """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row.case for row in rows))
+    points = Counter(row.case for row in rows)
+    cases = [case for case, count in points.items() if 2 * count >= max(points.values())]
+    rows = [row for row in rows if row.case in cases]
     tokens = sorted({row.sizes["tokens"] for row in rows})
     widths = sorted({row.sizes["width"] for row in rows})
     blue_if_ahead = LinearSegmentedColormap.from_list("ratio", ["#b5442e", "#ffffff", OURS])

@@ -168,13 +168,15 @@ def _map(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
 
     rows = [row for _, row in pairs]
     counts = sorted(row.sizes["tokens"] for row in rows)
-    every = len({row.case for row in rows}) * len(heat.WIDTHS) * len(heat.TOKENS)
+    measured = Counter(row.case for row in rows)
+    every = len(heat.WIDTHS) * len(heat.TOKENS)
+    whole = sum(count >= every for count in measured.values())
     picture = (FOLDER / "plots" / file_name("heat", name)).relative_to(ROOT)
     return "\n\n".join(
         (
             f"Ours against stock `torch.compile` on an {name}, {counts[0]} to {counts[-1]} tokens, by width; "
-            f"{len(rows)} of the {every} points of the map are measured. Where one is below {heat.AHEAD}, the fusion "
-            "leaves tokens and widths like it to stock by default:",
+            f"{len(rows)} points of {len(measured)} ops, {whole} of them at all {every}. Where one is below "
+            f"{heat.AHEAD}, the fusion leaves tokens and widths like it to stock by default:",
             table(heat.HEADS, [(f"`{op}`", *rest) for op, *rest in heat.summary(rows)]),
             f"![how many times as fast as stock, by tokens and width]({picture})",
         )

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from custom_ops import platform
+from custom_ops import monitor, platform
 
 LIBRARY = "custom_ops_cuda.so"
 MANIFEST = "manifest.json"
@@ -153,8 +153,6 @@ def load() -> None:
     assert arch is not None
     built = _find(arch)
     if built is None:
-        from custom_ops.jit import monitor
-
         op, sizes = monitor.calling()
         monitor.compiling(op, "cuda", sizes, _name(arch))
         built = build([arch]) / _name(arch)

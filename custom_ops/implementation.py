@@ -16,6 +16,8 @@ from custom_ops.scales import known
 
 CUDA_NAMESPACE = "custom_ops_cuda"
 CUDA_MAX_DIMS = 8
+# The fake of each declared op by its name, for the op of that name in the CUDA C++ library.
+fakes: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def _no_triton(device: torch.device) -> str | None:
 
 def cuda(name: str) -> Implementation:
     """The CUDA C++ implementation `custom_ops_cuda::<name>`; built or loaded on first use."""
-    return Implementation(
-        "cuda", lambda: _load_cuda(name), _no_cuda, _cuda_unsupported, direct=True
-    )
+    return Implementation("cuda", lambda: cuda_op(name), _no_cuda, _cuda_unsupported, direct=True)
 
 
 def _cuda_unsupported(*args: Any, **kwargs: Any) -> str | None:
@@ -90,10 +90,29 @@ def _no_cuda(device: torch.device) -> str | None:
     return cuda_build.why_not()
 
 
-def _load_cuda(name: str) -> torch._ops.OpOverload:
-    from custom_ops import library
+@functools.cache
+def load_cuda() -> None:
+    """Build (if needed) and load the CUDA C++ library, and give each of its ops the op's fake.
 
-    library.load_cuda()
+    Raises RuntimeError inside a CUDA graph capture, where nothing may be compiled or loaded.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the CUDA C++ kernels are not loaded yet, and a CUDA graph is being captured: call the op "
+            "once before the capture, or custom_ops.library.load_cuda()"
+        )
+    from custom_ops import cuda_build
+
+    cuda_build.load()
+    loaded = getattr(torch.ops, CUDA_NAMESPACE)
+    for name, fake in fakes.items():
+        if hasattr(loaded, name):
+            torch.library.register_fake(f"{CUDA_NAMESPACE}::{name}", fake)
+
+
+def cuda_op(name: str) -> torch._ops.OpOverload:
+    """The operator `custom_ops_cuda::<name>`; built or loaded on first use."""
+    load_cuda()
     return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default
 
 

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.implementation import CUDA_NAMESPACE, Implementation
+from custom_ops import monitor
+from custom_ops.implementation import Implementation, fakes
+from custom_ops.implementation import load_cuda as load_cuda
 from custom_ops.scales import known
 
 NAMESPACE = "custom_ops"
@@ -189,6 +191,9 @@ class Op:
                 )
 
 
+monitor.entry_points.add(Op.kernel.__code__)
+
+
 @functools.cache
 def _usable(
     op: Op, device: torch.device, disable: str
@@ -257,6 +262,7 @@ def define(
     for function in (public, check, empty, reference):
         _require_signature(op, function)
     _ops[name] = op
+    fakes[name] = op.fake
     return op
 
 
@@ -342,31 +348,6 @@ def explain(op: str | Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Cho
         with contextlib.suppress(Unavailable):
             declared._select(bound, keywords, rejected)
         return Choice(declared.name, None, rejected)
-
-
-@functools.cache
-def load_cuda() -> None:
-    """Build (if needed) and load the CUDA C++ library, and give each of its ops the op's fake.
-
-    Raises RuntimeError inside a CUDA graph capture, where nothing may be compiled or loaded.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the CUDA C++ kernels are not loaded yet, and a CUDA graph is being captured: call the op "
-            "once before the capture, or custom_ops.library.load_cuda()"
-        )
-    from custom_ops import cuda_build
-
-    cuda_build.load()
-    register_cuda_fakes()
-
-
-def register_cuda_fakes() -> None:
-    """Give each op of the loaded CUDA C++ library the fake of the op of the same name."""
-    loaded = getattr(torch.ops, CUDA_NAMESPACE)
-    for op in _ops.values():
-        if hasattr(loaded, op.name):
-            torch.library.register_fake(f"{CUDA_NAMESPACE}::{op.name}", op.fake)
 
 
 def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:

@@ -194,11 +194,6 @@ def has_layout(scale: Tensor, layout: str) -> bool:
     )
 
 
-def layouts_of(scale: Tensor) -> tuple[str, ...]:
-    """The layouts that a scale is in; several when it is (one token, a multiple of 4), none if strided."""
-    return tuple(layout for layout in SCALE_LAYOUTS if has_layout(scale, layout))
-
-
 def as_rows(x: Tensor, max_step: int = 1) -> Tensor:
     """`[..., K]` as `[M, K]` with a step of at most max_step along K: a view where strides allow, else a copy.
 

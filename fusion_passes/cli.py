@@ -183,12 +183,13 @@ def build(
         _clear_errors(RuntimeError, ValueError),
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
-        task = progress.add_task("nothing to do", total=0, completed=0)
+        task = progress.add_task("nothing to do", total=0, visible=False)
 
         def advance(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
+            progress.update(task, completed=done, total=total, description=what, visible=True)
 
         folder = cuda_build.build(arch, advance)
+        progress.update(task, visible=True)
     status = cuda_build.status()
     if as_json:
         _print_json({"cache": str(folder), "built": list(status.built)})

@@ -70,16 +70,17 @@ class FusionPass(torch_internals.CustomGraphPass):
         """Inductor's cache key for this pass; None (no caching) beside a user's pass that has none, or for a dump.
 
         Inductor asks for it before it looks into its cache, and this is the only word that a pass hears of a graph
-        that is found there. Such a graph calls the CUDA C++ ops by name, so they are loaded here.
+        that is found there. Such a graph calls the CUDA C++ ops by name, so they are loaded here; where they cannot be,
+        it is another key, as nothing would answer to those names.
         """
-        _load_cuda_ops()
+        cuda_ops = f"CUDA C++ ops: {_load_cuda_ops()}"
         settings = self._settings()
         if settings.dump is not None:  # a graph from the cache comes by nothing that is written
             return None
         if self.after is None:
-            return cache_key.key(settings)
+            return cache_key.key(settings, cuda_ops)
         theirs = getattr(self.after, "uuid", lambda: None)()
-        return None if theirs is None else cache_key.key(settings, repr(theirs))
+        return None if theirs is None else cache_key.key(settings, cuda_ops, repr(theirs))
 
     def __call__(self, graph: fx.Graph) -> None:
         if self.after is not None:
@@ -421,8 +422,11 @@ def _warn_unsupported() -> None:
     )
 
 
-def _load_cuda_ops() -> None:
-    if torch.cuda.is_initialized() and "cuda" in custom_ops.ops()["group_quant"].usable(
+def _load_cuda_ops() -> bool:
+    """Load the CUDA C++ ops where this process uses a GPU and they can run on it; whether they are loaded."""
+    usable = torch.cuda.is_initialized() and "cuda" in custom_ops.ops()["group_quant"].usable(
         torch.device("cuda", torch.cuda.current_device())
-    ):
+    )
+    if usable:
         custom_ops.library.load_cuda()
+    return usable

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusion_passes import transformers_experts
 from fusion_passes.coded import Coded, straight_through
-from fusion_passes.quantize import BLOCK, check_dtype, quantize_weight
+from fusion_passes.quantized_linears import BLOCK, check_dtype, quantize_weight
 
 __all__ = ["Fp8BlockExperts", "experts_of", "merge_checkpoint", "routers_of"]
 

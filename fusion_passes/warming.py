@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from custom_ops import jit, platform
-from custom_ops.jit import building, compilers, monitor, store
+from custom_ops import jit, monitor, platform
+from custom_ops.jit import building, compilers, store
 from custom_ops.jit import target as target_module
 from custom_ops.jit.building import Outcome, Progress
 from custom_ops.jit.kernel import MODES, Kernel, NotCovered, Operand, Problem, Target
-from custom_ops.jit.monitor import JitEvent
+from custom_ops.jit.triton import watch_triton
 from custom_ops.library import Op
+from custom_ops.monitor import JitEvent
 from custom_ops.scales import has_layout
 from fusion_passes import reporting, torch_internals
 from fusion_passes import settings as settings_module
@@ -335,7 +336,7 @@ def _run(
 def _watch_triton() -> None:
     """On a CPU Triton compiles nothing."""
     if torch.cuda.is_available() and platform.has_triton() and not platform.triton_interpret():
-        monitor.watch_triton()
+        watch_triton()
 
 
 @contextlib.contextmanager

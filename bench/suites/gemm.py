@@ -17,7 +17,7 @@ from custom_ops.gemm.reference import BLOCK
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 # The linears of a Llama-3-8B layer, N x K: q, k and v in one; the output; gate and up in one; down.
 LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-# What torchao leaves apart: k or v; gate or up. Its float8 layers keep torch._scaled_mm, and choose nothing.
+# What torchao leaves apart: k or v; gate or up.
 APART = ((1024, 4096), (14336, 4096))
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 KINDS = ((FP8, "tensor"), (FP8, "token"), (INT8, "token"))
@@ -116,6 +116,13 @@ def _scaled_operands(
     return *_codes(a, dtype, per_row), *_codes(b, dtype, per_row)
 
 
+def rowwise_scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """As torchao's float8 PerRow spells it."""
+    return torch._scaled_mm(
+        a, b.t(), a_scale, b_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
 def _int_mm_operands(device: torch.device, m: int, n: int, k: int) -> Inputs:
     a, a_scale, b, b_scale = _scaled_operands(device, m, n, k, INT8, True)
     return a, a_scale.to(torch.bfloat16), b, b_scale.to(torch.bfloat16).flatten()
@@ -178,6 +185,7 @@ def flashinfer(operands: Inputs) -> Thunk:
 def cases(tiny: bool = False) -> Iterator[Case]:
     yield from block_scaled_cases(tiny)
     yield from scaled_cases(tiny)
+    yield from rowwise_cases(tiny)
 
 
 def scaled_cases(tiny: bool) -> Iterator[Case]:
@@ -228,6 +236,22 @@ def scaled_cases(tiny: bool) -> Iterator[Case]:
                 moved_bytes=m * k + n * k + 2 * m * n,
                 flops=2 * m * n * k,
             )
+
+
+def rowwise_cases(tiny: bool) -> Iterator[Case]:
+    """What torchao's layers have: which of them `torch._scaled_mm` keeps is for the table to say."""
+    shapes, tokens = (((64, 96),), (4,)) if tiny else ((*APART, *LLAMA[1::2]), TOKENS)
+    for (n, k), m in itertools.product(shapes, tokens):
+        yield Case(
+            name="rowwise_scaled_mm",
+            sizes={"tokens": m, "n": n, "k": k},
+            inputs=partial(_scaled_operands, m=m, n=n, k=k, dtype=FP8, per_row=True),
+            plain=rowwise_scaled_mm,
+            check=close(1e-2),
+            fusion="rowwise_scaled_mm",
+            moved_bytes=m * k + n * k + 2 * m * n,
+            flops=2 * m * n * k,
+        )
 
 
 def block_scaled_cases(tiny: bool) -> Iterator[Case]:

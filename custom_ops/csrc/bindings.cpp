@@ -48,9 +48,6 @@ std::string joined(const std::string& producer, const std::string& scheme) {
 
 // Quantizes what `launch` produces, and puts codes, scale and zero point on the stack. launch: takes a Quantized, an
 // AsymmetricQuantized or a TensorQuantized.
-template <Scheme S>
-using SchemeTag = std::integral_constant<Scheme, S>;
-
 template <Scheme S, typename Launch>
 void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOptions& options, Dtype dtype,
               Launch launch) {

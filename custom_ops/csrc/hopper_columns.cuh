@@ -2,8 +2,6 @@
 // in steps of 8. For sm_90a; see hopper.cuh.
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include "hopper.cuh"
 
 namespace custom_ops::hopper {
@@ -11,7 +9,7 @@ namespace custom_ops::hopper {
 #ifdef CUSTOM_OPS_HOPPER
 
 // multiply: d [64, N] of a warpgroup = a @ b.T, plus d if `add`, of 32 bytes along K of a [64, K] and of b [N, K].
-template <typename T, int N>
+template <int N>
 struct Columns;
 
 // The registers of d for so many columns: their names in the instruction, and what they are.
@@ -56,45 +54,31 @@ struct Columns;
 #define CUSTOM_OPS_SUMS152 CUSTOM_OPS_SUMS144, "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
 #define CUSTOM_OPS_SUMS160 CUSTOM_OPS_SUMS152, "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
 
-#define CUSTOM_OPS_COLUMNS(T, N, K, TYPES, TRANSPOSED, A, B, ADD)                                                     \
+#define CUSTOM_OPS_COLUMNS(N, A, B, ADD)                                                                              \
   template <>                                                                                                      \
-  struct Columns<T, N> {                                                                                           \
+  struct Columns<N> {                                                                                              \
     static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, bool add) {                  \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                 \
-                   "wgmma.mma_async.sync.aligned.m64n" #N K ".f32." TYPES " {" CUSTOM_OPS_NAMES##N "}, " A ", " B     \
-                   ", p, 1, 1" TRANSPOSED ";\n}"                                                                   \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" CUSTOM_OPS_NAMES##N "}, " A ", " B    \
+                   ", p, 1, 1, 0, 0;\n}"                                                                            \
                    : CUSTOM_OPS_SUMS##N                                                                            \
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                  \
     }                                                                                                              \
   };
-#define CUSTOM_OPS_BF16(N, A, B, ADD) CUSTOM_OPS_COLUMNS(__nv_bfloat16, N, "k16", "bf16.bf16", ", 0, 0", A, B, ADD)
-#define CUSTOM_OPS_E4M3(N, A, B, ADD) CUSTOM_OPS_COLUMNS(__nv_fp8_e4m3, N, "k32", "e4m3.e4m3", "", A, B, ADD)
 
-CUSTOM_OPS_BF16(16, "%8", "%9", "%10")
-CUSTOM_OPS_BF16(32, "%16", "%17", "%18")
-CUSTOM_OPS_BF16(48, "%24", "%25", "%26")
-CUSTOM_OPS_BF16(64, "%32", "%33", "%34")
-CUSTOM_OPS_BF16(80, "%40", "%41", "%42")
-CUSTOM_OPS_BF16(96, "%48", "%49", "%50")
-CUSTOM_OPS_BF16(112, "%56", "%57", "%58")
-CUSTOM_OPS_BF16(120, "%60", "%61", "%62")
-CUSTOM_OPS_BF16(128, "%64", "%65", "%66")
-CUSTOM_OPS_BF16(136, "%68", "%69", "%70")
-CUSTOM_OPS_BF16(144, "%72", "%73", "%74")
-CUSTOM_OPS_BF16(160, "%80", "%81", "%82")
-CUSTOM_OPS_E4M3(16, "%8", "%9", "%10")
-CUSTOM_OPS_E4M3(32, "%16", "%17", "%18")
-CUSTOM_OPS_E4M3(48, "%24", "%25", "%26")
-CUSTOM_OPS_E4M3(64, "%32", "%33", "%34")
-CUSTOM_OPS_E4M3(80, "%40", "%41", "%42")
-CUSTOM_OPS_E4M3(96, "%48", "%49", "%50")
-CUSTOM_OPS_E4M3(112, "%56", "%57", "%58")
-CUSTOM_OPS_E4M3(120, "%60", "%61", "%62")
-CUSTOM_OPS_E4M3(128, "%64", "%65", "%66")
-CUSTOM_OPS_E4M3(136, "%68", "%69", "%70")
+CUSTOM_OPS_COLUMNS(16, "%8", "%9", "%10")
+CUSTOM_OPS_COLUMNS(32, "%16", "%17", "%18")
+CUSTOM_OPS_COLUMNS(48, "%24", "%25", "%26")
+CUSTOM_OPS_COLUMNS(64, "%32", "%33", "%34")
+CUSTOM_OPS_COLUMNS(80, "%40", "%41", "%42")
+CUSTOM_OPS_COLUMNS(96, "%48", "%49", "%50")
+CUSTOM_OPS_COLUMNS(112, "%56", "%57", "%58")
+CUSTOM_OPS_COLUMNS(120, "%60", "%61", "%62")
+CUSTOM_OPS_COLUMNS(128, "%64", "%65", "%66")
+CUSTOM_OPS_COLUMNS(136, "%68", "%69", "%70")
+CUSTOM_OPS_COLUMNS(144, "%72", "%73", "%74")
+CUSTOM_OPS_COLUMNS(160, "%80", "%81", "%82")
 
-#undef CUSTOM_OPS_BF16
-#undef CUSTOM_OPS_E4M3
 #undef CUSTOM_OPS_COLUMNS
 #undef CUSTOM_OPS_NAMES8
 #undef CUSTOM_OPS_SUMS8

@@ -122,24 +122,17 @@ cudaError_t moe_sum(Dtype dtype, const SumArgs& args, cudaStream_t stream);
 constexpr int kMostGroupedExperts = 256;
 constexpr int kGroupedRows = 8;  // of the blocks of the index
 
-// x is bfloat16, or FP8 codes with a scale for 128 channels; the weight is of the same. Rows of the first product are
-// tokens, in the order of the index; those of the second are the results of the first, and its results are pairs.
+// All in bfloat16. Rows of the first product are tokens, in the order of the index; those of the second are the results
+// of the first, and its results are pairs.
 struct GroupedArgs {
   const void* x;
   int64_t x_rows;
   int64_t x_pitch;  // elements
-  const float* x_scale;
-  int scale_row;  // from a row's scale to the next one's
-  int scale_group;
   const void* weight;  // [experts, weight_rows, channels], contiguous
-  const float* w_scale;
-  int64_t w_scale_expert;
-  int64_t w_scale_row;
   const int32_t* sorted_ids;
   const int32_t* block_experts;
   const int32_t* num_padded;
-  void* out;         // [padded_rows, width] of the first, [pairs, width] of the second, contiguous
-  float* out_scale;  // [width / 128, padded_rows], of the first product of codes
+  void* out;  // [padded_rows, width] of the first, [pairs, width] of the second, contiguous
   int64_t padded_rows;
   int pairs;
   int top_k;
@@ -148,12 +141,9 @@ struct GroupedArgs {
   int weight_rows;
   int column_tiles;  // of 128 gates and as many ups, or of 256 columns
   int width;
-  float min_amax;
 };
 
-enum class GroupedType { bfloat16, e4m3 };
-
-cudaError_t moe_grouped_gate_up(GroupedType type, const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
-cudaError_t moe_grouped_down(GroupedType type, const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t moe_grouped_gate_up(const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t moe_grouped_down(const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
 
 }  // namespace custom_ops

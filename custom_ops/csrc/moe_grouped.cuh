@@ -1,4 +1,4 @@
-// The grouped products of experts for Hopper: gate_up, with the activation (and its quantization), and down.
+// The grouped products of experts in bfloat16 for Hopper: gate_up, with the activation, and down.
 //
 // The weight is the side of the matrix instruction that is 64 high, tokens are its columns, in steps of 8: the last
 // tile of an expert costs what it has. A cluster of two blocks shares the weight, so that it leaves L2 once for up to
@@ -12,56 +12,14 @@ namespace custom_ops::grouped {
 
 #ifdef CUSTOM_OPS_HOPPER
 
-// Here and now, where the compiler would wait for the products first.
-__device__ __forceinline__ float4 load_shared(const float* from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared_address(from)));
-  return v;
-}
-
-// Four sums of a column of 8 tokens += d times the scales of two.
-__device__ __forceinline__ void add_products(float* sum, const float* d, float first, float second) {
-  sum[0] = fmaf(d[0], first, sum[0]);
-  sum[1] = fmaf(d[1], second, sum[1]);
-  sum[2] = fmaf(d[2], first, sum[2]);
-  sum[3] = fmaf(d[3], second, sum[3]);
-}
-
-// sum [64, N] += the product of 128 channels, times the scales of its tokens and of the weight.
-template <int N>
-__device__ __forceinline__ void add_scaled(float* sum, uint64_t left, uint64_t right, const float* scales,
-                                           float weight_scale) {
-  float d[N / 2];
-  hold(d);
-  begin_product();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) Columns<__nv_fp8_e4m3, N>::multiply(d, along(left, k), along(right, k), k > 0);
-  commit_product();
-  constexpr int kFours = (N + 15) / 16;
-  constexpr int kAhead = 2;  // loads of scales under way
-  float4 of[kFours];
-#pragma unroll
-  for (int i = 0; i < kAhead && i < kFours; ++i) of[i] = load_shared(scales + 4 * i);
-  wait_for_product<0>();
-  hold(d);
-#pragma unroll
-  for (int i = 0; i < kFours; ++i) {
-    if (i + kAhead < kFours) of[i + kAhead] = load_shared(scales + 4 * (i + kAhead));
-    add_products(sum + 8 * i, d + 8 * i, of[i].x * weight_scale, of[i].y * weight_scale);
-    if (16 * i + 8 < N) add_products(sum + 8 * i + 4, d + 8 * i + 4, of[i].z * weight_scale, of[i].w * weight_scale);
-  }
-}
-
 // What a multiplying warpgroup does with a tile of at most N rows: twice 64 rows of the weight.
-template <typename T, bool GateUp, int N>
+template <bool GateUp, int N>
 __device__ __forceinline__ void multiply_tile(const GroupedArgs& p, uint8_t* stages, Shared& s, Ring& ring,
                                               const Place& at, int odd) {
   const int group = this_thread() / 128;
   const int thread = threadIdx.x % 128;
-  const int lane = (kScaled<T> ? threadIdx.x : this_thread()) % 32;
-  const int steps = steps_of<T>(p);
+  const int lane = this_thread() % 32;
+  const int steps = steps_of(p);
   if constexpr (!GateUp) {  // where the rows go; there is time until they do
     for (int row = thread; row < at.rows; row += 128) s.pairs[odd][group][row] = p.sorted_ids[at.row + row];
   }
@@ -75,72 +33,34 @@ __device__ __forceinline__ void multiply_tile(const GroupedArgs& p, uint8_t* sta
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[0][i] = sum[1][i] = 0.0f;
 
-  if constexpr (kScaled<T>) {
-    const int block = GateUp ? at.column : at.column * 2 + group;
-    const float* const w_scale = p.w_scale + at.expert * p.w_scale_expert;
-    const float* const w_scale0 = w_scale + block * p.w_scale_row;
-    // the blocks of an output that ends in the middle of this tile are not there, nor is what comes of them stored
-    const float* const w_scale1 = GateUp ? w_scale0 + p.column_tiles * p.w_scale_row : w_scale0;
-    const bool inside = GateUp || block * 128 < p.width;
-    float scale0 = inside ? __ldg(w_scale0) : 0.0f;
-    float scale1 = GateUp ? __ldg(w_scale1) : scale0;
-    // All at once where registers suffice.
-    constexpr int kAtOnce = N <= 136 ? N : 80;
-    for (int i = 0; i < steps; ++i) {
-      const int next = i + 1 < steps ? i + 1 : i;
-      const float next0 = inside ? __ldg(w_scale0 + next) : 0.0f;
-      const float next1 = GateUp ? __ldg(w_scale1 + next) : next0;
-      wait(&s.full[ring.stage], ring.parity);
-      if (GateUp) fence_shared();  // rows that threads copied, for the matrix units
-      const uint8_t* const stage = stages + ring.stage * kStageBytes;
-      const float* const scales = s.scales[ring.stage] + lane % 4 * (kTokens / 4);
-      const uint64_t right = describe(stage + kWeightBytes);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint64_t left = describe(stage + (half == 0 ? first : second));
-        const float scale = half == 0 ? scale0 : scale1;
-        add_scaled<kAtOnce>(sum[half], left, right, scales, scale);
-        if constexpr (N > kAtOnce) {
-          add_scaled<N - kAtOnce>(sum[half] + kAtOnce / 2, left, right + (kAtOnce * kRowBytes >> 4),
-                                  scales + kAtOnce / 4, scale);
-        }
-      }
-      __syncwarp();  // all of a warp have read the scales
-      release(ring.stage);
-      ring.next();
-      scale0 = next0;
-      scale1 = next1;
-    }
-  } else {
-    int previous = -1;
-    for (int i = 0; i < steps; ++i) {
-      wait(&s.full[ring.stage], ring.parity);
-      if (GateUp) fence_shared();
-      const uint8_t* const stage = stages + ring.stage * kStageBytes;
-      const uint64_t right = describe(stage + kWeightBytes);
-      const uint64_t left0 = describe(stage + first);
-      const uint64_t left1 = describe(stage + second);
-      hold(sum[0]);
-      hold(sum[1]);
-      begin_product();
-#pragma unroll
-      for (int k = 0; k < kDepth / kInstructionDepth; ++k) {
-        Columns<T, N>::multiply(sum[0], along(left0, k), along(right, k), true);
-        Columns<T, N>::multiply(sum[1], along(left1, k), along(right, k), true);
-      }
-      commit_product();
-      hold(sum[0]);
-      hold(sum[1]);
-      wait_for_product<1>();
-      if (previous >= 0) release(previous);
-      previous = ring.stage;
-      ring.next();
-    }
-    wait_for_product<0>();
+  int previous = -1;
+  for (int i = 0; i < steps; ++i) {
+    wait(&s.full[ring.stage], ring.parity);
+    if (GateUp) fence_shared();  // rows that threads copied, for the matrix units
+    const uint8_t* const stage = stages + ring.stage * kStageBytes;
+    const uint64_t right = describe(stage + kWeightBytes);
+    const uint64_t left0 = describe(stage + first);
+    const uint64_t left1 = describe(stage + second);
     hold(sum[0]);
     hold(sum[1]);
-    release(previous);
+    begin_product();
+#pragma unroll
+    for (int k = 0; k < kDepth / kInstructionDepth; ++k) {
+      Columns<N>::multiply(sum[0], along(left0, k), along(right, k), true);
+      Columns<N>::multiply(sum[1], along(left1, k), along(right, k), true);
+    }
+    commit_product();
+    hold(sum[0]);
+    hold(sum[1]);
+    wait_for_product<1>();
+    if (previous >= 0) release(previous);
+    previous = ring.stage;
+    ring.next();
   }
+  wait_for_product<0>();
+  hold(sum[0]);
+  hold(sum[1]);
+  release(previous);
 
   uint8_t* const parts = s.out + group * 2 * kPartBytes;
   int part = 0;
@@ -150,14 +70,11 @@ __device__ __forceinline__ void multiply_tile(const GroupedArgs& p, uint8_t* sta
     for (int i = 0; i < N / 4; ++i) {
       v[i] = silu_mul(sum[0][2 * i], sum[0][2 * i + 1], sum[1][2 * i], sum[1][2 * i + 1]);
     }
-    if constexpr (kScaled<T>) {
-      write_codes<N>(p, s, v, at);
-    } else {
-      T* const out = static_cast<T*>(p.out) + int64_t{at.row} * p.width + at.column * 128 + group * 64;
-      sync_threads(2 + group, 128);
-      write_rows<N>(v, parts, part, group, at.rows,
-                    [&](int row) { return reinterpret_cast<uint8_t*>(out + int64_t{row} * p.width); });
-    }
+    const int column = at.column * 128 + group * 64;
+    __nv_bfloat16* const out = static_cast<__nv_bfloat16*>(p.out) + int64_t{at.row} * p.width + column;
+    sync_threads(2 + group, 128);
+    write_rows<N>(v, parts, part, group, at.rows,
+                  [&](int row) { return reinterpret_cast<uint8_t*>(out + int64_t{row} * p.width); });
   } else {
     const int column = at.column * kWeightRows + group * 128;
     const int rows = column < p.width ? at.rows : 0;
@@ -175,7 +92,7 @@ __device__ __forceinline__ void multiply_tile(const GroupedArgs& p, uint8_t* sta
   }
 }
 
-template <typename T, bool GateUp>
+template <bool GateUp>
 __device__ __forceinline__ void multiply_tiles(const GroupedArgs& p, uint8_t* stages, Shared& s) {
   Ring ring;
   int odd = 0;
@@ -185,7 +102,7 @@ __device__ __forceinline__ void multiply_tiles(const GroupedArgs& p, uint8_t* st
     const Place at = place(p, s, tile, static_cast<int>(block_in_cluster()));
 #define CUSTOM_OPS_TILE(N)                                        \
   if (at.rows <= N) {                                             \
-    multiply_tile<T, GateUp, N>(p, stages, s, ring, at, odd);     \
+    multiply_tile<GateUp, N>(p, stages, s, ring, at, odd);        \
     continue;                                                     \
   }
     CUSTOM_OPS_TILE(16)
@@ -206,7 +123,7 @@ __device__ __forceinline__ void multiply_tiles(const GroupedArgs& p, uint8_t* st
 
 #endif
 
-template <typename T, bool GateUp>
+template <bool GateUp>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                    const __grid_constant__ GroupedArgs p) {
@@ -232,30 +149,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x / 128 == kConsumers) {
     give_registers<40>();
     if constexpr (GateUp) {
-      load_gathered<T>(p, stages, s, weight_map, rank, tiles);
+      load_gathered(p, stages, s, weight_map, rank, tiles);
     } else if (threadIdx.x % 128 < kLoaders<false>) {
-      load_rows<T>(p, stages, s, x_map, weight_map, rank, tiles);
+      load_rows(p, stages, s, x_map, weight_map, rank, tiles);
     }
   } else {
     take_registers<232>();
-    multiply_tiles<T, GateUp>(p, stages, s);
+    multiply_tiles<GateUp>(p, stages, s);
   }
   __syncwarp();
   sync_cluster();  // the other block may still signal here
 #endif
 }
 
-template <typename T, bool GateUp>
+template <bool GateUp>
 cudaError_t launch(const GroupedArgs& p, int multiprocessors, cudaStream_t stream) {
   CUtensorMap x_map, weight_map;
-  // codes are copied in pairs, as values of 16 bits
-  const int64_t words = int64_t{p.channels} * sizeof(T) / 2;
-  cudaError_t error = make_map(&x_map, true, p.x, p.x_rows, words, p.x_pitch * sizeof(T) / 2, kBox);
+  const int64_t channels = p.channels;
+  cudaError_t error = make_map(&x_map, true, p.x, p.x_rows, channels, p.x_pitch, kBox);
   if (error != cudaSuccess) return error;
-  error = make_map(&weight_map, true, p.weight, int64_t{p.experts} * p.weight_rows, words, words,
+  error = make_map(&weight_map, true, p.weight, int64_t{p.experts} * p.weight_rows, channels, channels,
                    kWeightRows / kCluster);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(grouped_kernel<T, GateUp>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  error = cudaFuncSetAttribute(grouped_kernel<GateUp>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -269,7 +185,7 @@ cudaError_t launch(const GroupedArgs& p, int multiprocessors, cudaStream_t strea
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, grouped_kernel<T, GateUp>, x_map, weight_map, p);
+  return cudaLaunchKernelEx(&config, grouped_kernel<GateUp>, x_map, weight_map, p);
 }
 
 }  // namespace custom_ops::grouped

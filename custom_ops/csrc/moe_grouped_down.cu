@@ -3,10 +3,9 @@
 
 namespace custom_ops {
 
-cudaError_t moe_grouped_down(GroupedType type, const GroupedArgs& args, int multiprocessors, cudaStream_t stream) {
+cudaError_t moe_grouped_down(const GroupedArgs& args, int multiprocessors, cudaStream_t stream) {
   if (args.padded_rows == 0 || args.column_tiles == 0 || args.x_rows == 0) return cudaSuccess;
-  return type == GroupedType::bfloat16 ? grouped::launch<__nv_bfloat16, false>(args, multiprocessors, stream)
-                                       : grouped::launch<__nv_fp8_e4m3, false>(args, multiprocessors, stream);
+  return grouped::launch<false>(args, multiprocessors, stream);
 }
 
 }  // namespace custom_ops

@@ -1,7 +1,7 @@
-// What the loading warpgroup of a grouped product does: weight, rows and their scales into the stages of shared memory.
+// What the loading warpgroup of a grouped product does: weight and rows into the stages of shared memory.
 #pragma once
 
-#include <type_traits>
+#include <cuda_bf16.h>
 
 #include "moe_grouped_tiles.cuh"
 
@@ -9,13 +9,9 @@ namespace custom_ops::grouped {
 
 #ifdef CUSTOM_OPS_HOPPER
 
-template <typename T>
-constexpr bool kScaled = std::is_same_v<T, __nv_fp8_e4m3>;
-
 // Channels of a stage: 128 bytes.
-template <typename T>
 __device__ __forceinline__ int steps_of(const GroupedArgs& p) {
-  return p.channels * static_cast<int>(sizeof(T)) / kRowBytes;
+  return p.channels * static_cast<int>(sizeof(__nv_bfloat16)) / kRowBytes;
 }
 
 // The token of a row of the first product; rows of padding read the first one, and nobody reads what comes of them.
@@ -24,14 +20,9 @@ __device__ __forceinline__ int token_of(const GroupedArgs& p, int row) {
   return pair < p.pairs ? pair / p.top_k : 0;
 }
 
-template <int Bytes>
+// 16 bytes.
 __device__ __forceinline__ void copy(void* to, const void* from) {
-  if constexpr (Bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // An arrival of this thread, which the barrier expects, when what it copies is there.
@@ -45,32 +36,6 @@ constexpr int kRowsOfThread = kTokens / kRowsAtOnce;
 // Threads that load, of gate_up a warpgroup, of down a warp. The first of them also arrives with the bytes.
 template <bool GateUp>
 constexpr int kLoaders = GateUp ? 128 : 32;
-
-// The scales of a tile, of which each loader has some.
-template <int Loaders>
-struct Scales {
-  static constexpr int kEach = (kTokens + Loaders - 1) / Loaders;
-  uint32_t from[kEach];
-
-  template <typename RowOf>
-  __device__ __forceinline__ void begin(const GroupedArgs& p, int thread, int rows, RowOf row_of) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = thread + i * Loaders;
-      from[i] = row < rows ? static_cast<uint32_t>(row_of(row)) * p.scale_row : 0;
-    }
-  }
-
-  // Those of the next 128 channels.
-  __device__ __forceinline__ void load(const GroupedArgs& p, float* to, int thread, int rows) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = thread + i * Loaders;
-      if (row < rows) copy<4>(to + place_of_scale(row), p.x_scale + from[i]);
-      from[i] += p.scale_group;
-    }
-  }
-};
 
 // This block's half of the weight, for both; of gate_up, one half is of the gate and one of what it is multiplied with.
 template <bool GateUp>
@@ -96,15 +61,13 @@ __device__ __forceinline__ void load_weight(const CUtensorMap& map, uint64_t* fu
       : "memory");
 }
 
-// For gate_up, by four warps: rows of tokens are gathered, which TMA could only do one by one (which took twice as long
-// as the product of 4096 tokens, in codes), and so are their scales.
-template <typename T>
+// For gate_up, by four warps: rows of tokens are gathered, which TMA could only do one by one.
 __device__ __forceinline__ void load_gathered(const GroupedArgs& p, uint8_t* stages, Shared& s,
                                               const CUtensorMap& weight_map, int rank, int tiles) {
   const int thread = threadIdx.x % 128;
-  const int steps = steps_of<T>(p);
+  const int steps = steps_of(p);
   const uint4* const x = static_cast<const uint4*>(p.x);
-  const int pitch = static_cast<int>(p.x_pitch * sizeof(T) / 16);
+  const int pitch = static_cast<int>(p.x_pitch * sizeof(__nv_bfloat16) / 16);
   const int first = thread / 8;
   const int to = first * kRowBytes + (thread % 8 ^ first % kAtomRows) * 16;
   const uint64_t policy = read_once();
@@ -116,10 +79,6 @@ __device__ __forceinline__ void load_gathered(const GroupedArgs& p, uint8_t* sta
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int row = first + i * kRowsAtOnce;
       from[i] = row < at.rows ? static_cast<uint32_t>(token_of(p, at.row + row)) * pitch + thread % 8 : 0;
-    }
-    Scales<128> scales;
-    if constexpr (kScaled<T>) {
-      scales.begin(p, thread, at.rows, [&](int row) { return token_of(p, at.row + row); });
     }
     const int weight_row = weight_row_of<true>(p, at, rank);
     for (int step = 0; step < steps; ++step) {
@@ -134,24 +93,22 @@ __device__ __forceinline__ void load_gathered(const GroupedArgs& p, uint8_t* sta
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         if (first + i * kRowsAtOnce < at.rows) {
-          copy<16>(stage + kWeightBytes + to + i * kRowsAtOnce * kRowBytes, x + from[i]);
+          copy(stage + kWeightBytes + to + i * kRowsAtOnce * kRowBytes, x + from[i]);
           from[i] += kRowBytes / 16;
         }
       }
-      if constexpr (kScaled<T>) scales.load(p, s.scales[ring.stage], thread, at.rows);
       arrive_with_copies(full);
       ring.next();
     }
   }
 }
 
-// For down, by a warp: rows and scales lie in the order of the index. The weight of the first stages is asked for while
-// gate_up still runs.
-template <typename T>
+// For down, by a warp: rows lie in the order of the index. The weight of the first stages is asked for while gate_up
+// still runs.
 __device__ __forceinline__ void load_rows(const GroupedArgs& p, uint8_t* stages, Shared& s, const CUtensorMap& x_map,
                                           const CUtensorMap& weight_map, int rank, int tiles) {
   const int lane = threadIdx.x % 32;
-  const int steps = steps_of<T>(p);
+  const int steps = steps_of(p);
   Ring ring;
   bool waited = false;
   for (int tile = blockIdx.x / kCluster; tile < tiles; tile += gridDim.x / kCluster) {
@@ -169,8 +126,6 @@ __device__ __forceinline__ void load_rows(const GroupedArgs& p, uint8_t* stages,
       wait_for_previous();
       waited = true;
     }
-    Scales<32> scales;
-    if constexpr (kScaled<T>) scales.begin(p, lane, at.rows, [&](int row) { return at.row + row; });
     for (int step = 0; step < steps; ++step) {
       wait(&s.empty[ring.stage], ring.parity ^ 1);
       uint8_t* const stage = stages + ring.stage * kStageBytes;
@@ -185,7 +140,6 @@ __device__ __forceinline__ void load_rows(const GroupedArgs& p, uint8_t* stages,
         }
       }
       __syncwarp();
-      if constexpr (kScaled<T>) scales.load(p, s.scales[ring.stage], lane, at.rows);
       arrive_with_copies(full);
       ring.next();
     }

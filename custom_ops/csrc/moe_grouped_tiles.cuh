@@ -23,21 +23,13 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kWarps = 4;              // of a warpgroup
 constexpr int kPart = 16;              // tokens on their way out together
 constexpr int kPartBytes = kPart * kRowBytes;
-constexpr int kCodes = 72;             // the same where they are codes
 constexpr int kBox = 32;               // rows that TMA copies at once; more than there are of an expert do no harm
 static_assert(kTokens % kBox == 0);
 
 // What is in shared memory behind the stages.
 struct Shared {
-  float scales[kStages][kTokens];  // in the order of place_of_scale
-  alignas(kRowBytes) uint8_t out[kCodes * kRowBytes];  // codes; or two parts for each consumer
-  union {
-    struct {  // of the quantization
-      uint32_t amax[kConsumers * kWarps][kTokens / 2];  // of each warp, two tokens in a word
-      alignas(16) float2 scale_and_reciprocal[kTokens];
-    };
-    int32_t pairs[2][kConsumers][kTokens];  // of the second product
-  };
+  alignas(kRowBytes) uint8_t out[2 * kConsumers * kPartBytes];  // two parts for each consumer
+  int32_t pairs[2][kConsumers][kTokens];                        // of the second product
   int32_t first_tile[kMostGroupedExperts + 1];
   int32_t first_block[kMostGroupedExperts];  // of 8 rows
   int32_t end_block[kMostGroupedExperts];
@@ -64,11 +56,6 @@ __device__ __forceinline__ unsigned this_thread() {
   unsigned thread = threadIdx.x;
   asm volatile("" : "+r"(thread));
   return thread;
-}
-
-// Where the scale of a token is: four that a thread needs lie side by side; it has every fourth pair of columns.
-__device__ __forceinline__ int place_of_scale(int token) {
-  return token / 2 % 4 * (kTokens / 4) + token / 8 * 2 + token % 2;
 }
 
 // The blocks of rows and the first tile of each expert. All threads call it; the last step is theirs to wait for.

@@ -104,6 +104,7 @@ def _scaled_mm(
     BLOCK_K: tl.constexpr,
     ROW_TILES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
     INTEGER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROUND_EACH: tl.constexpr,
@@ -117,7 +118,8 @@ def _scaled_mm(
     row = (band * ROW_TILES + in_band % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (in_band // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, in_columns = row < M, column < N
-    # Beyond the end the first row and column are read, which costs no mask; what comes of them is not stored.
+    # Beyond the end the first row and column are read, which costs no mask; what comes of them is not stored. Of a
+    # tile that is larger than all rows, that would be the same few bytes for most of it, asked for by every program.
     a_from, b_from = tl.where(in_rows, row, 0), tl.where(in_columns, column, 0)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + a_from[:, None] * a_row + k[None, :]
@@ -125,7 +127,10 @@ def _scaled_mm(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     for block in range(tl.cdiv(K, BLOCK_K)):
-        if EVEN_K:
+        if EVEN_K and FEW_ROWS:
+            a = tl.load(a_ptrs, mask=in_rows[:, None], other=0 if INTEGER else 0.0)
+            b = tl.load(b_ptrs)
+        elif EVEN_K:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
         else:
@@ -248,6 +253,7 @@ def scaled_mm(
             BLOCK_K=chosen.k,
             ROW_TILES=ROW_TILES,
             EVEN_K=k % chosen.k == 0,
+            FEW_ROWS=m < chosen.m,
             INTEGER=integer,
             HAS_BIAS=bias is not None,
             ROUND_EACH=epilogue == "out_dtype",

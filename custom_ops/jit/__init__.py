@@ -4,6 +4,6 @@ Importing this package imports no compiler and nothing that one drives. See `ker
 """
 
 from custom_ops.jit.kernel import MODES, Compiler, Kernel, Operand, Problem, Target
-from custom_ops.jit.monitor import JitError, JitEvent
+from custom_ops.monitor import JitError, JitEvent
 
 __all__ = ["MODES", "Compiler", "JitError", "JitEvent", "Kernel", "Operand", "Problem", "Target"]

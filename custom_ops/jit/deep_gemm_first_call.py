@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from custom_ops import platform
-from custom_ops.jit import monitor
+from custom_ops import monitor, platform
 from custom_ops.jit.deep_gemm_names import cache, directory, is_on
 from custom_ops.jit.deep_gemm_tiles import (
     IMPLEMENTATION,

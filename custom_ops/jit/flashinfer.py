@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from custom_ops import platform
-from custom_ops.jit import monitor, tracing
+from custom_ops import monitor, platform
+from custom_ops.jit import tracing
 from custom_ops.jit.kernel import Compiler, Kernel, Problem, Target
 
 NAME = "flashinfer"

@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from custom_ops import cuda_build, library, platform
-from custom_ops.jit import monitor, store, tracing
+from custom_ops import cuda_build, library, monitor, platform
+from custom_ops.jit import store, tracing
 from custom_ops.jit.kernel import (
     Compiler,
     Kernel,
@@ -33,6 +34,20 @@ OUTPUT = "files.json"
 TILES = (16, 32, 64, 128, 256)
 # A file that keeps what the tracing of a problem found is worth it from here on.
 _SLOW_SECONDS = 0.2
+
+_watching = threading.Lock()
+_watched = False
+
+
+def watch_triton() -> None:
+    """From now on the monitor is asked before one of our kernels compiles. Imports Triton."""
+    global _watched
+    from custom_ops.jit import triton_internals
+
+    with _watching:
+        if not _watched:
+            triton_internals.watch(monitor.triton_compiling)
+            _watched = True
 
 
 def folder() -> Path:

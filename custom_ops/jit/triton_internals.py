@@ -34,8 +34,6 @@ from triton.compiler import compile as compile_source
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-VERSION = triton.__version__
-
 _DTYPES = {
     **{f"i{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"u{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops import platform
+from custom_ops import monitor, platform
 from custom_ops.gemm import deep_gemm as gemm
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.moe.experts_grouped_mm import add_bias, misplaced
@@ -164,7 +164,6 @@ def _run(function: str, x: Tensor, weight: Tensor, out: Tensor, *rest: Any) -> N
 @contextlib.contextmanager
 def _first_call(problem: tuple[object, ...]) -> Iterator[None]:
     from custom_ops.jit import deep_gemm as jit
-    from custom_ops.jit import monitor
 
     function, _, rows, weight, _ = problem
     sizes = f"{function} of {rows} by {weight}"

@@ -1,7 +1,8 @@
-"""Experts in CUDA C++ for Hopper, `csrc/moe_grouped.cuh`: bfloat16, and FP8 weights with scales of blocks.
+"""Experts in CUDA C++ for Hopper, `csrc/moe_grouped.cuh`, in bfloat16.
 
 For many tokens. The kernels read rows of tokens by their index, in blocks of 8 pairs, and share a weight between up to
-320 tokens of an expert; the first one applies SiLU-mul and quantizes.
+320 tokens of an expert; the first one applies SiLU-mul. FP8 weights with scales of blocks had kernels of the same kind,
+which lost to those in Triton: docs/moe.md has why.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from custom_ops import platform
-from custom_ops.gemm.reference import BLOCK
 from custom_ops.implementation import _no_cuda
 from custom_ops.moe.parts import Experts, Prepared
 from custom_ops.moe.problem import Problem, Sizes
@@ -20,9 +20,9 @@ from custom_ops.platform import on_device
 from custom_ops.scales import known
 
 FAMILY = "cuda"
+COLUMNS = 128  # of a tile of gate, and channels of two steps
 ROWS = 8  # of a block of the index
 MAX_EXPERTS = 256
-LEAST_AMAX = 2.0**-60  # below, a quotient by a scale would not be exact
 _ALIGNMENT_BYTES = 16  # TMA
 
 
@@ -38,22 +38,16 @@ def _run(problem: Problem, prepared: Prepared) -> Tensor:
     from custom_ops.jit import tracing
 
     aligned, sizes = prepared.metadata.aligned, problem.sizes
-    x, scale = _by_rows(prepared.x), prepared.scale
+    x = _by_rows(prepared.x)
     index = (aligned.sorted_ids, aligned.block_experts, aligned.num_padded)
-    rows = aligned.sorted_ids.shape[0]
-    act = x.new_empty(rows, sizes.intermediate_size)
-    act_scale = None
-    if scale is not None:  # those of a group lie side by side
-        act_scale = scale.new_empty(sizes.intermediate_size // BLOCK, rows)
-    out = x.new_empty(sizes.pairs, sizes.hidden_size, dtype=problem.dtype)
+    act = x.new_empty(aligned.sorted_ids.shape[0], sizes.intermediate_size)
+    out = x.new_empty(sizes.pairs, sizes.hidden_size)
     if tracing.current() is not None:  # they are built with the library
         return out
     gate_up, down = _op("moe_grouped_gate_up"), _op("moe_grouped_down")
     with on_device(x):
-        first = (x, scale, problem.gate_up, _packed(problem.gate_up_scale))
-        gate_up(*first, *index, act, act_scale, sizes.top_k, problem.min_amax)
-        codes_scale = None if act_scale is None else act_scale.t()
-        down(act, codes_scale, problem.down, _packed(problem.down_scale), *index, out)
+        gate_up(x, problem.gate_up, *index, act, sizes.top_k)
+        down(act, problem.down, *index, out)
     return out
 
 
@@ -64,10 +58,6 @@ def _by_rows(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and not any(distance % _ALIGNMENT_BYTES for distance in begins):
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _packed(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.contiguous()
 
 
 def _op(name: str) -> Any:
@@ -91,8 +81,8 @@ def _unsupported(problem: Problem) -> str | None:
         ("hidden_size", sizes.hidden_size),
         ("intermediate_size", sizes.intermediate_size),
     ):
-        if not known(size % BLOCK == 0):
-            return f"needs {name} a multiple of {BLOCK}, it is {size}"
+        if not known(size % COLUMNS == 0):
+            return f"needs {name} a multiple of {COLUMNS}, it is {size}"
     for name, weight in (("gate_up", problem.gate_up), ("down", problem.down)):
         if not weight.is_contiguous():
             return f"reads contiguous weights, the strides of {name} are {weight.stride()}"
@@ -100,37 +90,26 @@ def _unsupported(problem: Problem) -> str | None:
             return f"{name} does not lie on boundaries of {_ALIGNMENT_BYTES} bytes"
         if not known(weight.shape[0] * weight.shape[1] < 2**31):
             return f"counts rows of weights in 31 bits, {name} has the shape {tuple(weight.shape)}"
-    if problem.weights == "fp8_block":
-        usual = (problem.scale_mode, problem.code_mode) == ("divide", "divide")
-        if not usual or problem.min_amax < LEAST_AMAX:
-            return f"quantizes by division with min_amax >= 2^-60, asked for are {problem.quantization}"
     return None
 
 
 def _bytes(sizes: Sizes, itemsize: int) -> int:
-    groups = -(-sizes.intermediate_size // BLOCK)
-    act = sizes.rows(ROWS) * (sizes.intermediate_size * itemsize + 4 * groups)
-    return (
-        act
-        + sizes.pairs * sizes.hidden_size * itemsize
-        + sizes.num_tokens * sizes.hidden_size * itemsize
-    )
+    act = sizes.rows(ROWS) * sizes.intermediate_size
+    return itemsize * (act + (sizes.pairs + sizes.num_tokens) * sizes.hidden_size)
 
 
-def _experts(weights: str, quantization: str | None) -> Experts:
-    return Experts(
-        "hopper" if weights == "16_bit" else f"hopper_{weights}",
+EXPERTS = (
+    Experts(
+        "hopper",
         FAMILY,
         _run,
         "indexed",
         "pairs",
-        weights,
-        quantization,
+        "16_bit",
+        None,
         align=lambda problem: ROWS,
         workspace=_bytes,
         unavailable=unavailable,
         unsupported=_unsupported,
-    )
-
-
-EXPERTS = (_experts("16_bit", None), _experts("fp8_block", "fp8_group"))
+    ),
+)

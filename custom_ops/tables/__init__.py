@@ -12,17 +12,21 @@ import functools
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Best:
-    """What won. implementation: its name. tile: the fastest of the Triton tiles, "" where none was measured."""
+    """What won. implementation: its name. tile: the fastest of the Triton tiles, "" where none was measured.
+
+    exact: whether this very N x K was measured, and not only the nearest to it.
+    """
 
     implementation: str
     tile: str
+    exact: bool = field(default=True, compare=False)
 
 
 @functools.cache
@@ -62,4 +66,4 @@ def best(op: str, kind: str, capability: tuple[int, int], m: int, n: int, k: int
     here = [row for row in rows if (row["n"], row["k"]) == (place["n"], place["k"])]
     above = [row for row in here if row["m"] >= m]
     row = min(above, key=lambda r: r["m"]) if above else max(here, key=lambda r: r["m"])
-    return Best(row["implementation"], row["tile"])
+    return Best(row["implementation"], row["tile"], (row["n"], row["k"]) == (n, k))

@@ -214,6 +214,12 @@ class _Float64(fx.Interpreter):
             return None
         if "grouped_mm" in str(target):  # no kernel of it takes float64
             return _grouped_mm(*args, **kwargs)
+        if target is torch.ops.aten._scaled_mm.default:  # its scales are float32
+            return _scaled_mm(*args)
+        if target is torch.ops.aten._scaled_mm_v2.default:  # torch.nn.functional.scaled_mm
+            a, b, a_scales, a_recipe, _, b_scales, b_recipe, _, bias, *_ = args
+            if {*a_recipe, *b_recipe} <= {0, 1}:  # per tensor, per row
+                return _scaled_mm(a, b, *a_scales, *b_scales, bias)
         if target is torch.ops.prims.convert_element_type.default:
             value, dtype = args
             if dtype in _ROUNDING:
@@ -221,6 +227,18 @@ class _Float64(fx.Interpreter):
             if dtype is torch.float8_e4m3fn:
                 return value.float().to(dtype)
         return super().call_function(target, args, kwargs)
+
+
+def _scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *_: Any,
+) -> torch.Tensor:
+    product = (a.double() * a_scale) @ (b.double() * b_scale)
+    return product if bias is None else product + bias
 
 
 def _grouped_mm(

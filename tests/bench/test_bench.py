@@ -85,6 +85,16 @@ def test_one_token_says_nothing_of_quantization_per_tensor():
     assert not tuning.verdict("silu_mul_tensor_quant_static", [static])["on"]
 
 
+def test_a_row_that_was_run_without_stock_decides_nothing_beside_others():
+    timed, alone = (row_of("silu_mul_group_quant", n, ours=3.0, stock=4.0) for n in (16, 256))
+    del alone.warm_us["inductor"]
+    alone.ratios.pop("plugin_of_inductor")
+    assert tuning.verdict("silu_mul_group_quant", [timed, alone])["on"]
+    assert not tuning.verdict("silu_mul_group_quant", [alone])["on"]
+    alone.errors = {"plugin": "AssertionError: differs from eager"}
+    assert not tuning.verdict("silu_mul_group_quant", [timed, alone])["on"]
+
+
 def test_the_sizes_that_must_be_shown_are_there():
     labels = {case.label for _, case in every_case(tiny=False)}
     assert "group_quant(tokens=4096, hidden=7168)" in labels
@@ -337,12 +347,13 @@ def test_checks_tell_right_from_wrong():
 
 
 @pytest.mark.gpu
-def test_cuda_timers_agree_on_a_large_copy():
+def test_cuda_timers_agree_on_many_bytes():
     from bench.timer import CudaTimer
 
     timer = CudaTimer(cold_reps=20)
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    warm, cold = (time(lambda: target.copy_(source)) for time in (timer.warm, timer.cold))
+    # a kernel: in a CUDA graph a copy of memory is left to a copy engine, which is slower
+    warm, cold = (time(lambda: torch.neg(source, out=target)) for time in (timer.warm, timer.cold))
     assert warm == pytest.approx(cold, rel=0.1)
     assert 2 * source.nbytes / warm / 1e3 == pytest.approx(timer.copy_bandwidth(), rel=0.1)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,41 @@ def test_the_command_measures_draws_and_stops_in_time(tmp_path) -> None:
     assert f"0 of {len(heat.TOKENS) - 1} points" in rest.output, rest.output
     (resumed,) = (tmp_path / "resumed").glob("heat-*.json")
     assert len(json.loads(resumed.read_text())["rows"]) == 1  # what was resumed is in it too
+
+
+def test_processes_that_take_turns_measure_the_same_points(tmp_path) -> None:
+    common = ["--device", "cpu", "--out", str(tmp_path), "--ahead-minutes", "0", "--no-draw"]
+    common += ["--op", "token_quant", "--op", "group_quant", "--width", "256", "--timers", "2"]
+    result = runner.invoke(heat.app, [*common, "--tokens", "1", "--tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 points" in result.output
+    (path,) = tmp_path.glob("heat-*.json")
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    assert {(row.case, row.sizes["tokens"]) for row in rows} == {
+        (f"heat_{name}", count) for name in ("token_quant", "group_quant") for count in (1, 3)
+    }
+    assert all(row.ratios["of_inductor"] > 0 for row in rows)
+
+
+def _uses_the_gpu(folder: str, name: str) -> bool:
+    """Whether nobody else has the turn meanwhile: a file is there as long as somebody has it."""
+    place = Path(folder) / "turn"
+    with ahead.turn():
+        alone = not place.exists()
+        place.touch()
+        time.sleep(0.05)
+        place.unlink()
+    return alone
+
+
+def test_one_process_at_a_time_has_the_turn(tmp_path) -> None:
+    found: list[bool] = []
+    tasks = [partial(_uses_the_gpu, str(tmp_path), str(index)) for index in range(8)]
+    done = ahead.run(tasks, 3, 120.0, found.append)
+    assert done.errors == []
+    assert found == [True] * 8
+    with ahead.turn():  # outside of a worker there is nobody to wait for
+        pass
 
 
 @given(ratios=st.lists(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=3), min_size=1))

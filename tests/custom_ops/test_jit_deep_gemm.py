@@ -15,13 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from custom_ops import monitor
 from custom_ops.gemm import deep_gemm as op
 from custom_ops.jit import (
     deep_gemm,
     deep_gemm_first_call,
     deep_gemm_names,
     deep_gemm_tiles,
-    monitor,
 )
 from custom_ops.jit.deep_gemm import COMPILER
 from custom_ops.jit.deep_gemm_names import code, digest, directory

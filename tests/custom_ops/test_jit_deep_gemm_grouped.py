@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from custom_ops.jit import deep_gemm_first_call, deep_gemm_grouped, monitor
+from custom_ops import monitor
+from custom_ops.jit import deep_gemm_first_call, deep_gemm_grouped
 from custom_ops.jit.deep_gemm import COMPILER
 from custom_ops.jit.deep_gemm_names import code, directory
 from custom_ops.jit.deep_gemm_tiles import Product, choose, kernel_of, tiles, transpose_of

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from custom_ops import platform
+from custom_ops import monitor, platform
 from custom_ops.gemm import flashinfer_sm90
-from custom_ops.jit import compilers, flashinfer, monitor, tracing
+from custom_ops.jit import compilers, flashinfer, tracing
 from custom_ops.jit.building import CompileError, compile_all
 from custom_ops.jit.kernel import Kernel, Target
 from custom_ops.moe import experts_flashinfer

@@ -13,8 +13,12 @@ import pytest
 
 from custom_ops import platform
 
-SOURCE = Path(__file__).with_name("triton_cases.py")
-CASES = re.findall(r"^def (case_\w+)", SOURCE.read_text(), re.MULTILINE)
+# Read as text: this process has Triton's interpreter, and cannot import them.
+SOURCES = [
+    Path(__file__).with_name(f"triton_{name}_cases.py").read_text()
+    for name in ("planning", "running")
+]
+CASES = re.findall(r"^def (case_\w+)", "\n".join(SOURCES), re.MULTILINE)
 
 # Imported, not run as a module: compiling processes find the kernels of the cases under their names.
 _RUN = "from tests.custom_ops import triton_cases; triton_cases.main()"
@@ -50,13 +54,13 @@ import json, sys
 import torch
 import custom_ops
 from triton.runtime.jit import JITFunction
-from custom_ops import library
-from custom_ops.jit import building, compilers, monitor, target, tracing
+from custom_ops import library, monitor
+from custom_ops.jit import building, compilers, target, tracing
 from custom_ops.jit import triton_internals as internals
 from custom_ops.jit.kernel import Kernel
 from custom_ops.jit.launches import launch_of
-from custom_ops.jit.triton import COMPILER
-from tests.custom_ops.triton_cases import operand, problem, quantized, scaled
+from custom_ops.jit.triton import COMPILER, watch_triton
+from tests.custom_ops.triton_machine import operand, problem, quantized, scaled
 from custom_ops.jit.kernel import Operand
 
 ROWS = 300
@@ -88,7 +92,7 @@ known = {name: compilers.find(name) for name in {kernel.implementation for kerne
 building.compile_all(list(planned), known, here)
 for name, compiler in known.items():
     compiler.load([kernel for kernel in planned if kernel.implementation == name])
-monitor.watch_triton()
+watch_triton()
 monitor.arm()
 
 seen, run, specializer = {}, JITFunction.run, internals.Specializer(here.arch)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import custom_ops
-from custom_ops import library, platform
+from custom_ops import cuda_build, library, platform
 from custom_ops.gemm import deep_gemm, preferred_scale_layout
 from tests.custom_ops.helpers import DEVICE, bf16, fake_mode, fp8
 from tests.custom_ops.schemes import KEPT, PAIRS, PRODUCERS, SCHEMES
@@ -198,7 +200,7 @@ def test_preferred_scale_layout_follows_deep_gemm(monkeypatch):
     monkeypatch.setattr(platform, "cuda_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(platform, "has_deep_gemm", lambda: True)
     assert preferred_scale_layout(torch.device("cuda", 0)) == "column_major_tma"
-    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "deep_gemm")
+    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "deep_gemm,cublaslt")
     assert preferred_scale_layout("cuda") == "row_major"
 
 
@@ -209,6 +211,7 @@ def test_deep_gemm_refuses_to_compile_in_a_capture(monkeypatch):
     calls = []
     stub = types.SimpleNamespace(fp8_gemm_nt=lambda a, b, out: calls.append((a, b, out)))
     monkeypatch.setitem(sys.modules, "deep_gemm", stub)
+    monkeypatch.setattr(platform, "package_version", lambda name: None)  # of no known version
     monkeypatch.setattr(deep_gemm, "compiled", set())
     args = fp8(3, 256), torch.rand(3, 2), fp8(136, 256), torch.rand(2, 2)
     capturing = [True]
@@ -224,6 +227,48 @@ def test_deep_gemm_refuses_to_compile_in_a_capture(monkeypatch):
     assert calls[1][0][1].stride() == (2, 1)
 
 
-def test_source_hash_covers_every_source():
-    assert len(library.source_hash()) == 64
-    assert library.source_hash() == library.source_hash.__wrapped__()
+def test_the_cuda_library_is_not_loaded_in_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cuda_build, "load", lambda: pytest.fail("it was loaded"))
+    with pytest.raises(RuntimeError, match="call the op once before the capture"):
+        library.load_cuda.__wrapped__()
+
+
+def test_no_tokens_reach_no_implementation(monkeypatch):
+    """Nothing is launched: a grid without blocks is an error that stays with the CUDA context."""
+    for implementation in custom_ops.ops()["group_quant"].implementations:
+        refuses = lambda *args, name=implementation.name, **kwargs: pytest.fail(f"{name} ran")  # noqa: E731
+        monkeypatch.setitem(implementation.__dict__, "function", refuses)
+    x = bf16(0, 256, device=DEVICE)
+    q, scale = custom_ops.group_quant(x, 128)
+    assert (q.shape, scale.shape, q.dtype) == ((0, 256), (0, 2), torch.float8_e4m3fn)
+    with pytest.raises(pytest.fail.Exception, match="ran"):
+        custom_ops.group_quant(bf16(1, 256, device=DEVICE), 128)
+
+
+SOURCES = (
+    "library.py",
+    "csrc/one.cu",
+    "csrc/two.cuh",
+    "csrc/three.h",
+    "csrc/four.cpp",
+    "tables/sm_90.json",
+)
+
+
+@pytest.mark.parametrize("changed", SOURCES)
+def test_source_hash_covers_every_source(monkeypatch, tmp_path, changed):
+    for name in SOURCES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    before = library.source_hash.__wrapped__()
+    assert before == library.source_hash.__wrapped__()
+    (tmp_path / changed).write_text("after")
+    assert before != library.source_hash.__wrapped__()
+
+
+def test_the_package_has_no_other_kind_of_source():
+    root = Path(library.__file__).parent
+    kinds = {path.suffix for path in root.rglob("*") if path.is_file()}
+    assert kinds - {".pyc"} <= {Path(name).suffix for name in SOURCES} | {".typed", ""}

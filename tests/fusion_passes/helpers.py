@@ -75,6 +75,19 @@ def misses(result: Result, fusion: str) -> list[str]:
     return [miss.reason for miss in result.report.near_misses if miss.fusion == fusion]
 
 
+NEEDS_ROWS = "needs a torch whose _scaled_mm takes a scale per row on a CPU: 2.13"
+
+
+def takes_rows() -> bool:
+    """Whether eager PyTorch can be the oracle of a float8 product with a scale per row, on a CPU."""
+    codes, scale = torch.zeros(16, 16, dtype=FP8), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextmanager
 def registered(*fusions: Fusion) -> Iterator[None]:
     """Fusions of somebody else's, for the time of a test."""

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from custom_ops import library
 from fusion_passes import (
     Constraint,
     Fusion,
@@ -73,6 +74,20 @@ def test_the_key_knows_implementations_versions_and_sources(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(cache_key, "_versions", lambda: ("another",))
     assert uuid() != before
+
+
+@pytest.mark.parametrize("changed", ["cache_key.py", "passes/one.py", "tables/sm_90.json"])
+def test_every_source_and_table_is_in_the_key(monkeypatch, tmp_path, changed):
+    for name in ("cache_key.py", "passes/one.py", "tables/sm_90.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(cache_key, "__file__", str(tmp_path / "cache_key.py"))
+    before = cache_key.source_hash.__wrapped__()
+    (tmp_path / changed).write_text("after")
+    assert cache_key.source_hash.__wrapped__() != before
+    monkeypatch.setattr(library, "source_hash", lambda: "another")
+    (tmp_path / changed).write_text("before")
+    assert cache_key.source_hash.__wrapped__() != before  # the kernels' sources
 
 
 def test_the_key_follows_the_settings_in_force():

@@ -40,6 +40,16 @@ def test_they_are_not_loaded_where_they_cannot_run(
     assert loaded == []
 
 
+def test_a_graph_that_calls_them_is_not_found_where_they_cannot_run(
+    loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the kernels were built on another machine, and this one has no nvcc."""
+    with_them = FusionPass().uuid()
+    assert with_them == FusionPass().uuid()
+    monkeypatch.setattr(Op, "usable", lambda self, device: ("triton", "reference"))
+    assert FusionPass().uuid() != with_them
+
+
 def test_the_implementations_that_a_stored_report_names_are_prepared(monkeypatch) -> None:
     prepared: list[str] = []
     monkeypatch.setattr(

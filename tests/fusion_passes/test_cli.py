@@ -147,6 +147,7 @@ def test_build_of_a_misspelt_architecture():
     result = runner.invoke(app, ["build", "--arch", "hopper"])
     assert result.exit_code == 2
     assert "'hopper' is no architecture; accepted" in result.stderr
+    assert "nothing to do" not in result.stderr
 
 
 @pytest.fixture

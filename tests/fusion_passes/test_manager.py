@@ -166,6 +166,17 @@ def test_strict():
     FusionPass(every)(torch_internals.capture(silu_mul, *GATED)[0].graph)  # `all` names none
 
 
+def test_the_graph_is_linted_when_the_passes_are_done(monkeypatch):
+    """A graph that is broken is an error here, not one of Inductor's far from its cause."""
+    linted = []
+    monkeypatch.setattr(torch.fx.Graph, "lint", lambda graph: linted.append(calls(graph)))
+    graph = torch_internals.capture(silu_mul, *GATED)[0].graph
+    options = {"fusions": "silu_mul", "allow_reference": True}
+    FusionPass(settings.resolve(options, registry())[0])(graph)
+    assert linted[-1:] == [calls(graph)]
+    assert fusion_passes.report().matches == {"silu_mul": 1}
+
+
 def test_an_unsupported_torch_compiles_unfused_with_one_warning(monkeypatch):
     manager._warn_unsupported.cache_clear()
     monkeypatch.setattr(torch_internals, "SUPPORTED", ((9, 0), (9, 1)))

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from fusion_passes import registry
 from fusion_passes.testing import assert_fusion_equivalent
+from tests.fusion_passes.helpers import NEEDS_ROWS, takes_rows
 
 pytestmark = pytest.mark.usefixtures("references")
 
 PRODUCTS = (
     "block_scaled_linear",
+    "rowwise_scaled_mm",
     "scaled_int_mm",
     "scaled_linear",
     "torchao_blockwise_linear",
@@ -49,6 +51,8 @@ SCHEMES = sorted(
     seed=st.integers(0, 99),
 )
 def test_each_scheme_of_a_product(name, scheme, data, tokens, features, hidden, dtype, seed):
+    if name == "rowwise_scaled_mm" and not takes_rows():
+        pytest.skip(NEEDS_ROWS)
     fusion = registry()[name]
     alike = [each for each in fusion.patterns if scheme_of(each.name) == scheme]
     pattern = data.draw(st.sampled_from(alike), label="pattern")

@@ -14,8 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fusion_passes
-from custom_ops import cuda_build, jit
-from custom_ops.jit import compilers, monitor
+from custom_ops import cuda_build, jit, monitor
+from custom_ops.jit import compilers
 from custom_ops.jit.building import CompileError
 from custom_ops.jit.kernel import Kernel, Operand, Problem, Target
 from fusion_passes import cli, reporting, settings, warming

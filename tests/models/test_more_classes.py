@@ -17,6 +17,7 @@ import fusion_passes
 from fusion_passes.testing import fuse
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'models'")
+pytestmark = pytest.mark.usefixtures("references")
 
 WIDTH = {
     "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 64,
@@ -115,12 +116,6 @@ def assert_near(result: Any) -> None:
             float((side.double() - judge.double()).norm() / norm) for side in (actual, eager)
         )
         assert ours <= 1.25 * eagers + 1e-3, f"{ours:.4f} from float64, eager {eagers:.4f}"
-
-
-@pytest.fixture(autouse=True)
-def references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
-    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes minutes for a model
 
 
 def fused(model: nn.Module) -> Any:

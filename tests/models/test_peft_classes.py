@@ -5,7 +5,7 @@ Whatever happens, the logits are eager's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="needs the extra 'models'")
 peft = pytest.importorskip("peft", reason="needs the extra 'models'")
 
 pytestmark = [
-    pytest.mark.usefixtures("references_alone"),
+    pytest.mark.usefixtures("references"),
     pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|pattern keys|lora_bias|tied).*"),
 ]
 VOCABULARY = 128
@@ -42,14 +42,6 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "phi3": (SIZES, 4),  # q, k and v are one linear, gate and up another
     "qwen2": (SIZES, 7),  # biases on q, k and v
 }  # fmt: skip
-
-
-@pytest.fixture
-def references_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
-    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes minutes for a model
-    yield
-    torch.compiler.reset()
 
 
 def causal(kind: str) -> nn.Module:

@@ -11,6 +11,7 @@ from fusion_passes.testing import fuse
 from tests.models.zoo import build, fp8_matches, tokens
 
 pytest.importorskip("transformers", reason="needs the extra 'models'")
+pytestmark = pytest.mark.usefixtures("references")
 
 LAYERS = 4
 MODELS = ("llama", "qwen3", "gemma3_text")
@@ -27,12 +28,6 @@ FP8 = {
     | {"rms_norm": 8},
 }
 EXPECTED = {"bf16": BF16, "fp8_block": FP8}
-
-
-@pytest.fixture(autouse=True)
-def references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
-    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes minutes for a model
 
 
 @pytest.mark.parametrize("scheme", EXPECTED)

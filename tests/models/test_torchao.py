@@ -34,8 +34,9 @@ EXPECTED = {
     },
 }
 PRODUCERS = ("", "rms_norm_", "add_rms_norm_", "silu_mul_")
-EXPECTED["torchao_int8"] = EXPECTED["torchao_float8_per_row"] | {"scaled_int_mm": 7}
-PER_TENSOR_AT_ONE_TOKEN = EXPECTED["torchao_float8_per_row"]
+PER_TENSOR_AT_ONE_TOKEN = dict(EXPECTED["torchao_float8_per_row"])
+EXPECTED["torchao_int8"] = PER_TENSOR_AT_ONE_TOKEN | {"scaled_int_mm": 7}
+EXPECTED["torchao_float8_per_row"]["rowwise_scaled_mm"] = 7
 
 
 @pytest.fixture

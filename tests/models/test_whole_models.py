@@ -20,7 +20,7 @@ from fusion_passes.testing import Result, fuse_graphs
 from tests.models.test_more_classes import assert_near
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'models'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("references")]
 
 TEXT = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -186,12 +186,6 @@ MODELS: list[tuple[Callable[[], Made], dict[str, int]]] = [
     (bamba, {"add_rms_norm_group_quant": 3, "silu_mul_group_quant": 2}),
     (nemotron_h, {"add_rms_norm_group_quant": 2}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
-    monkeypatch.setenv("CUSTOM_OPS_DISABLE", "triton")  # its interpreter takes minutes for a model
 
 
 def linears_run(model: nn.Module, given: dict[str, Any]) -> int:

@@ -69,7 +69,7 @@ def test_each_expert_is_quantized_as_alone(which, batch):
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
 def test_nothing_is_written_past_the_count(which, scale_format, monkeypatch):
     if which == "cuda":
-        pytest.skip("needs memory that C++ allocates to be poisoned: test_cuda_kernels.py")
+        pytest.skip("needs memory that C++ allocates to be poisoned: ../cuda/test_gates.py")
     run = kernel(NAME, which)
     x, counts = bf16(3, 6, 2 * 256, device=DEVICE), torch.tensor([0, 2, 6], dtype=torch.int32)
     poison(monkeypatch)

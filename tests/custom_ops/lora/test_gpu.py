@@ -199,10 +199,68 @@ def test_batch_in_the_decode_kernel(way, call):
 
 
 @on_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", BATCH_WAYS)
+def test_what_an_adapter_holds_reaches_no_other_tokens(way, dtype):
+    """Not even what is not finite: in an adapter, and where one was whose rank was larger."""
+    call, _ = mixed(7, 60, 256, [256], [16, 16, 3, 16], 64, dtype, False)
+    for b in call.b:
+        b[1, 3] = float("inf")
+        b[1, 5] = float("nan")
+        b[:, :, 16:] = float("nan")
+    for a in call.a:
+        a[:, 16:] = float("nan")
+    out = runner("batch", way)(*call.linear)
+    slots = torch.tensor(call.slots, device="cuda")
+    assert not out[slots == 1][:, [3, 5]].isfinite().any()
+    for b in call.b:
+        b[1] = 0.0
+    call.ranks[1] = 0
+    others = slots != 1
+    call.x, call.slots = call.x[others], slots[others].tolist()
+    assert_linear(out[others], call, way in LIBRARY)
+
+
+@on_hopper
+@pytest.mark.parametrize(("of_x", "of_a", "scaling"), [(1e-3, 1.0, 0.7), (2.0, 2000.0, 1e-4)])
+@pytest.mark.parametrize("way", BATCH_WAYS)
+def test_sums_outside_the_range_of_float16(way, of_x, of_a, scaling):
+    """y is float32: no way may round it to the dtype of x."""
+    call, _ = mixed(9, 60, 256, [256], [16, 8, 16], 16, torch.float16, False)
+    call.x.mul_(of_x)
+    call.a[0].mul_(of_a)
+    call.scaling.fill_(scaling)
+    assert_batch(way, call)
+
+
+@on_hopper
 @pytest.mark.parametrize("way", ways.WITH_BLAS)
 @given(call=batch_calls())
 @settings(max_examples=3)
 def test_batch_in_triton(way, call):
+    assert_batch(way, call)
+
+
+@st.composite
+def many_tokens(draw) -> Batch:
+    """What the expand takes in tiles of 16 tokens by 512 columns."""
+    return mixed(
+        draw(st.integers(10, 2**30)),
+        draw(st.sampled_from((513, 700, 1030))),
+        draw(st.sampled_from((72, 512))),
+        draw(st.sampled_from(([8], [520], [1032, 136]))),
+        draw(st.lists(st.integers(0, 16), min_size=1, max_size=80)),
+        16,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.booleans()),
+    )[0]
+
+
+@on_hopper
+@pytest.mark.parametrize("way", ways.WITH_BLAS)
+@given(call=many_tokens())
+@settings(max_examples=4)
+def test_many_tokens_of_a_batch(way, call):
     assert_batch(way, call)
 
 

@@ -2,8 +2,8 @@
 
 An op with a producer is held against the producer of the same implementation and the reference of the scheme, so that
 what a producer's own sum or exponential may move is no part of it. `TestEdges` in test_edges.py says what the values
-are; here is that every op and every implementation agrees on them. More than 2^31 elements are in test_cuda_kernels.py
-and in the tests of each family, as they need a GPU's memory.
+are; here is that every op and every implementation agrees on them. More than 2^31 elements are in
+cuda/test_many_elements.py and in the tests of each family, as they need a GPU's memory.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from fusion_passes.lora import AdapterCacheFull, AdapterManager, from_peft
 from tests.fusion_passes.lora.adapters import merged, model, source
-from tests.fusion_passes.lora.test_manager import Counting, counting
+from tests.fusion_passes.lora.managers import Counting, counting
 
 pytestmark = pytest.mark.gpu
 
@@ -166,7 +166,7 @@ def test_steps_see_whole_adapters_while_others_are_loaded() -> None:
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
 def test_from_peft_with_the_kernels(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft", reason="needs the extra 'models'")
-    from tests.models.test_peft import NAMES, batch, errors, mixed
+    from tests.models.peft_zoo import NAMES, batch, errors, mixed
 
     monkeypatch.setenv("FUSION_PASSES", "all")
     peft_model, ids = mixed(scheme, layers=1).cuda(), batch(5, 6).cuda()
@@ -192,7 +192,7 @@ def test_peft_graphs_with_the_kernels(
 ) -> None:
     pytest.importorskip("peft", reason="needs the extra 'models'")
     import fusion_passes
-    from tests.models.test_peft import adapted, errors, implementations
+    from tests.models.peft_zoo import adapted, errors, implementations
     from tests.models.zoo import tokens
 
     monkeypatch.setenv("FUSION_PASSES", "all")

@@ -2,8 +2,8 @@
 
 An implementation asks here before it compiles: nothing is recorded until a warm-up has finished (`arm`).
 Then each compilation is an event, logged once per kernel; with `strict` it is an error before it starts. In a
-CUDA graph capture it is an error at any time. Triton asks through a hook (`watch_triton`), which sees the kernels of
-this package only: other people's are not ours to warm up, and Inductor's are compiled with their graph.
+CUDA graph capture it is an error at any time. Triton asks through a hook (`jit.triton.watch_triton`), which sees the
+kernels of this package only: other people's are not ours to warm up, and Inductor's are compiled with their graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
+
+import torch
 
 log = logging.getLogger("custom_ops.jit")
 
@@ -36,12 +39,14 @@ class JitEvent:
 # Modules whose Triton kernels are watched.
 WATCHED = ("custom_ops.",)
 
+# What each call of an op runs through, with the op as `self` and its positional arguments as `args`.
+entry_points: set[CodeType] = set()
+
 _guard = threading.Lock()
 _events: list[JitEvent] = []
 _logged: set[str] = set()
 _armed = False
 _strict = False
-_watching = False
 
 
 def arm(strict: bool = False) -> None:
@@ -93,21 +98,8 @@ def record(op: str, implementation: str, sizes: str, kernel: str) -> None:
         log.warning("%s: %s compiles %s for %s after warm-up", op, implementation, kernel, sizes)
 
 
-def watch_triton() -> None:
-    """Ask here before one of our Triton kernels compiles, from now on. Imports Triton."""
-    global _watching
-    with _guard:
-        if _watching:
-            return
-        _watching = True
-    from custom_ops.jit import triton_internals
-
-    triton_internals.watch(_triton_compiles)
-
-
-def _triton_compiles(kernel: str, specialization: str) -> None:
-    import torch
-
+def triton_compiling(kernel: str, specialization: str) -> None:
+    """Triton is about to compile a kernel, named with its module. Raises JitError like `compiling`, or in a capture."""
     if not kernel.startswith(WATCHED):
         return
     op, sizes = calling()
@@ -121,12 +113,9 @@ def _triton_compiles(kernel: str, specialization: str) -> None:
 
 def calling() -> tuple[str, str]:
     """The op of this package that this thread is in, and the sizes it was called with: of the innermost one."""
-    from custom_ops.library import Op
-
-    code = Op.kernel.__code__
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code in entry_points:
             op, args = frame.f_locals["self"], frame.f_locals["args"]
             return op.name, ", ".join(filter(None, map(_size_of, op.signature.parameters, args)))
         frame = frame.f_back  # type: ignore[assignment]
