@@ -17,8 +17,11 @@ from custom_ops.moe.beside import beside
 from custom_ops.moe.checks import check_dims, check_dtype, check_shape
 from custom_ops.moe.ops import _check as check_experts
 from custom_ops.quantization.checks import check_device
+from custom_ops.scales import known
 
 _OP = "fused_moe_and_shared"
+# Widths that are no multiple of this one are not taken by two streams.
+_MULTIPLE = 128
 
 
 def fused_moe_and_shared(
@@ -54,8 +57,11 @@ def fused_moe_and_shared(
         linear(silu(linear(hidden_states, shared_gate)) * linear(hidden_states, shared_up), shared_down)
 
     On a GPU the shared experts run on a second stream, which waits for the current one and which the current one waits
-    for: captured, a fork and a join of the CUDA graph. Nothing waits for the device. Raises ValueError as `fused_moe`
-    does, and for a shared weight of another dtype, shape or device. Source: arXiv:2401.06066.
+    for: captured, a fork and a join of the CUDA graph. Nothing waits for the device. They run after the routed ones
+    where H, S or the width of a routed expert is not a multiple of 128: kernels side by side have ended in an illegal
+    instruction there on an H100, now and then, and the cause is not found. Implementations: streams, in_turn,
+    reference. Raises ValueError as `fused_moe` does, and for a shared weight of another dtype, shape or device. Source:
+    arXiv:2401.06066.
     """
     return torch.ops.custom_ops.fused_moe_and_shared(
         hidden_states,
@@ -249,6 +255,24 @@ def _side_by_side(
     )
 
 
+def _in_turn(
+    hidden_states: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    shared_gate: Tensor,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    routed = torch.ops.custom_ops.fused_moe(
+        hidden_states, gate_up, down, topk_weights, topk_ids, **kwargs
+    )
+    out = hidden_states.new_empty(hidden_states.shape)
+    return routed, _shared(hidden_states, shared_gate, shared_up, shared_down, out)
+
+
 def _shared(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     rows = x.contiguous()
     between = torch.ops.custom_ops.silu_mul(linear(rows, gate), linear(rows, up))
@@ -257,6 +281,32 @@ def _shared(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, out: Tensor) -> T
 
 def _no_streams(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"needs a second stream, a {device.type} has none"
+
+
+def _not_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"needs a CUDA tensor, this one is on {device.type}"
+
+
+def _not_on_two_streams(
+    hidden_states: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    shared_gate: Tensor,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    **kwargs: Any,
+) -> str | None:
+    widths = {
+        "hidden_states": hidden_states.shape[1],
+        "down": down.shape[2],
+        "shared_gate": shared_gate.shape[0],
+    }
+    for name, width in widths.items():
+        if not known(width % _MULTIPLE == 0):
+            return f"takes widths that are multiples of {_MULTIPLE}, that of {name} is {width}"
+    return None
 
 
 library.define(
@@ -271,5 +321,8 @@ library.define(
     check=_check,
     empty=_empty,
     reference=_reference,
-    implementations=(Implementation("streams", lambda: _side_by_side, _no_streams),),
+    implementations=(
+        Implementation("streams", lambda: _side_by_side, _no_streams, _not_on_two_streams),
+        Implementation("in_turn", lambda: _in_turn, _not_cuda),
+    ),
 )

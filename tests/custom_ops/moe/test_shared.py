@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 import custom_ops
 from custom_ops.moe import reference
 from custom_ops.moe.beside import beside
+from custom_ops.moe.shared import _in_turn, _not_on_two_streams
 from tests.custom_ops.helpers import DEVICE, assert_same_bits
 from tests.custom_ops.moe.problems import Shape, shapes
 
@@ -80,6 +81,27 @@ def test_where_there_are_no_streams_one_comes_after_the_other():
     assert said == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("hidden", "inner", "width", "named"),
+    [(128, 256, 384, None), (136, 256, 384, "hidden_states is 136"), (128, 8, 384, "down is 8")],
+)
+def test_two_streams_take_widths_of_models_only(hidden, inner, width, named):
+    """Small odd ones have ended in an illegal instruction: those run in turn."""
+    shape = Shape(2, 2, 4, hidden, inner)
+    args, kwargs = shape.call("cpu")
+    found = _not_on_two_streams(*args, *weights(shape, width), **kwargs)
+    assert found == (named and f"takes widths that are multiples of 128, that of {named}")
+
+
+def test_in_turn_it_is_both():
+    shape = Shape(5, 2, 4, 40, 24)
+    args, kwargs = shape.call("cpu")
+    given = [weight.cpu() for weight in weights(shape, 16)]
+    routed, ours = _in_turn(*args, *given, **kwargs)
+    assert_same_bits(routed, custom_ops.fused_moe(*args, **kwargs))
+    assert_same_bits(ours, alone(args[0], *given))
+
+
 def test_the_reference_is_both():
     shape = Shape(5, 2, 4, 40, 24)
     args, kwargs = shape.call("cpu")
@@ -120,6 +142,8 @@ def test_captured_it_has_the_bits_of_a_call(tokens):
 def test_on_a_gpu_it_runs_on_two_streams():
     shape = Shape(4, 2, 4, 128, 128)
     args, kwargs = shape.call("cuda")
-    choice = custom_ops.explain("fused_moe_and_shared", *args, *weights(shape, 64), **kwargs)
-    assert choice.implementation is not None
-    assert choice.implementation.name == "streams"
+    for width, name in ((128, "streams"), (64, "in_turn")):
+        choice = custom_ops.explain("fused_moe_and_shared", *args, *weights(shape, width), **kwargs)
+        assert choice.implementation is not None
+        assert choice.implementation.name == name
+    assert "multiples of 128, that of shared_gate is 64" in str(choice)
