@@ -46,7 +46,10 @@ KEPT_BYTES = 8 << 30
 
 
 def _ops() -> dict[str, Callable[[int, int], Case]]:
-    """Every quantization, alone and after each producer, by the name of its case in the other suites."""
+    """Every quantization, alone and after each producer, and gates with nothing behind them.
+
+    By the name of its case in the other suites.
+    """
     found: dict[str, Callable[[int, int], Case]] = {}
     for scheme in quantization.SCHEMES:
         found[scheme.name] = partial(quantization.case, scheme)
@@ -55,6 +58,8 @@ def _ops() -> dict[str, Callable[[int, int], Case]]:
             found[f"{norm.__name__}_{scheme.name}"] = partial(normalization.fused, norm, scheme)
         for gate in activation.GATES:
             found[f"{gate.name}_{scheme.name}"] = partial(activation.fused, gate, scheme)
+    for gate in activation.GATES:
+        found[gate.name] = partial(activation.alone, gate)
     return found
 
 

@@ -59,18 +59,23 @@ class Models:
         config = {"r": rank, "lora_alpha": 2 * rank, "target_modules": [*TARGETS]}
         self.names = [f"adapter_{index}" for index in range(adapters)]
         model: Any = copy.deepcopy(self.base)
-        for index, name in enumerate(self.names):
-            # random, not zeros, in B: a wrong adapter would look right
-            each = peft.LoraConfig(**config, init_lora_weights=False)
-            if index == 0:
-                model = peft.get_peft_model(model, each, name, autocast_adapter_dtype=False)
-            else:
-                model.add_adapter(name, each, autocast_adapter_dtype=False)
+        with torch.device(device):  # random numbers are made where they are needed
+            for index, name in enumerate(self.names):
+                # random, not zeros, in B: a wrong adapter would look right
+                each = peft.LoraConfig(**config, init_lora_weights=False)
+                if index == 0:
+                    model = peft.get_peft_model(model, each, name, autocast_adapter_dtype=False)
+                else:
+                    model.add_adapter(name, each, autocast_adapter_dtype=False)
         self.peft = model.to(device).eval().requires_grad_(False)
         self.manager = from_peft(copy.deepcopy(self.peft))
 
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.base.layers.parameters())
+
+
+# one process may compile several ways of the same models
+_models = functools.lru_cache(maxsize=1)(Models)
 
 
 def rows_of(tokens: int, adapters: int) -> int:
@@ -112,9 +117,10 @@ def way(
 def compile_one(name: str, tokens: int, layers: int, adapters: int, rank: int, tiny: bool) -> None:
     """Compile what a way of a step needs, into Inductor's cache on the disk. What raises says so when it is timed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = Models(device, layers, adapters, rank, tiny)
+    models = _models(device, layers, adapters, rank, tiny)
     rows = rows_of(tokens, adapters)
     hidden = activation(device, rows, tokens // rows, models.hidden)
+    torch.compiler.reset()
     step = way(models, name, hidden, models.names[:rows])
     with torch.no_grad(), ahead.unlaunched(), suppress(Exception), step as call:
         call()

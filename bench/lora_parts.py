@@ -15,6 +15,7 @@ import custom_ops
 from bench.case import Case, Inputs, Thunk, activation, close
 from bench.suites.lora import (
     CLOSE,
+    LLAMA_TOKENS,
     MIXED,
     SCALING,
     TOKENS,
@@ -145,6 +146,53 @@ def _one_by_one(inputs: Inputs) -> Thunk:
     module, x = inputs
     calls = [single_args(each, x)[0] for each in module.layers]
     return lambda: [custom_ops.lora_linear_single(*call) for call in calls]
+
+
+def each_of_a_batch(x, weights, biases, a, b, scalings, ranks, *batch):
+    """Layers with the adapters of a batch, an op each: query, key and value; gate and up."""
+    layers = zip(weights, biases, a, b, scalings, ranks, strict=True)
+    return [
+        custom_ops.lora_linear(x, weight, bias, [of_a], [of_b], scaling, of_layer, *batch)
+        for weight, bias, of_a, of_b, scaling, of_layer in layers
+    ]
+
+
+def _batch_together(
+    device: torch.device, m: int, adapters: int, widths: tuple[int, ...], k: int, rank: int
+) -> Inputs:
+    layers = [mixed_inputs(device, m, adapters, n, k, rank, in_order=False) for n in widths]
+    x, _, batch, *_ = layers[0]
+    _, weights, _, a, b, scalings, _, ranks = map(list, zip(*layers, strict=True))
+    one = [[each for (each,) in slices] for slices in (a, b)]
+    return x, weights, [None] * len(widths), *one, scalings, ranks, *batch.tensors
+
+
+def batch_together_cases(tiny: bool) -> Iterator[Case]:
+    widths = ((32, 16), (24, 24, 8)) if tiny else ((4096, 1024, 1024), (14336, 14336))
+    k, rank, tokens = (64, 4, (5,)) if tiny else (4096, 16, LLAMA_TOKENS)
+    for columns, m in itertools.product(widths, tokens):
+        adapters = min(m, 32)
+        low_rank = len(columns) * rank * k + sum(columns) * rank
+        yield Case(
+            name="lora_linears",
+            sizes={
+                "tokens": m,
+                "adapters": adapters,
+                "layers": len(columns),
+                "n": sum(columns),
+                "k": k,
+                "rank": rank,
+            },
+            inputs=partial(_batch_together, m=m, adapters=adapters, widths=columns, k=k, rank=rank),
+            plain=each_of_a_batch,
+            check=close(CLOSE),
+            op="lora_linears",
+            op_args=lambda *args: (args, {}),
+            fusion="shared_lora_shrink",
+            others={"one_by_one": lambda inputs: partial(each_of_a_batch, *inputs)},
+            moved_bytes=2 * (m * k + sum(columns) * (k + m) + adapters * low_rank),
+            flops=2 * m * sum(columns) * (k + rank) + 2 * m * len(columns) * rank * k,
+        )
 
 
 def together_cases(tiny: bool) -> Iterator[Case]:

@@ -37,7 +37,7 @@ PAGES = (
     Page(
         "moe",
         "Mixtures of experts",
-        ("moe", "topk", "expert"),
+        ("moe", "topk", "expert", "router"),
         ("moe",),
         ("moe",),
     ),

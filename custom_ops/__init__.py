@@ -32,7 +32,7 @@ from custom_ops.expert_parallel import (
     ep_dispatch_low_latency,
     ep_fused_moe,
 )
-from custom_ops.gemm import block_scaled_mm, scaled_mm
+from custom_ops.gemm import block_scaled_mm, scaled_mm, scaled_mm_add
 from custom_ops.library import Unavailable, explain, ops
 from custom_ops.lora import (
     LoRABatch,
@@ -44,6 +44,7 @@ from custom_ops.lora import (
     lora_expand_single,
     lora_linear,
     lora_linear_single,
+    lora_linears,
     lora_linears_single,
     lora_shrink,
     lora_shrink_single,
@@ -58,6 +59,7 @@ from custom_ops.moe import (
     moe_permute_group_quant,
     moe_reduce,
     moe_unpermute,
+    router_logits,
     topk_sigmoid,
     topk_softmax,
 )
@@ -134,6 +136,7 @@ __all__ = [
     "lora_expand_single",
     "lora_linear",
     "lora_linear_single",
+    "lora_linears",
     "lora_linears_single",
     "lora_shrink",
     "lora_shrink_single",
@@ -151,7 +154,9 @@ __all__ = [
     "rms_norm_tensor_quant_static",
     "rms_norm_token_quant",
     "rms_norm_token_quant_asymmetric",
+    "router_logits",
     "scaled_mm",
+    "scaled_mm_add",
     "silu_mul",
     "silu_mul_group_quant",
     "silu_mul_group_quant_masked",

@@ -29,8 +29,10 @@ OPTIONAL = {
     "deep_gemm": "block_scaled_mm on Hopper's FP8 tensor cores (extra: deepgemm)",
     "tvm_ffi": "loading DeepGEMM (extra: deepgemm)",
     "flashinfer": "FlashInfer's kernels (extra: flashinfer)",
+    "deep_ep": "experts on several GPUs by DeepEP in place of NCCL (no extra: it is built from its sources)",
     "transformers": "`fusion-passes demo`, and the models to compile (extra: models)",
-    "safetensors": "loading block-FP8 checkpoints (extra: models)",
+    "peft": "models with LoRA adapters (extra: models)",
+    "safetensors": "loading block-FP8 checkpoints and adapters (extra: models or lora)",
 }
 
 

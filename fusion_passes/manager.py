@@ -33,7 +33,7 @@ from fusion_passes import (
     warming,
 )
 from fusion_passes import settings as settings_module
-from fusion_passes.canonical import common_subexpressions, recognition, views
+from fusion_passes.canonical import common_subexpressions, flat_products, recognition, views
 from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Match, candidates, find
@@ -127,6 +127,7 @@ class _Run:
             nodes_after=len(graph.nodes),
         )
         self.applies = self._applies()
+        self.flattened: list[flat_products.Flattened] = []
         self.recognized: list[recognition.Recognized] = []
         self._left = slower.Left(self.arch)
         self._dumped = 0
@@ -171,8 +172,12 @@ class _Run:
     def _canonical(self) -> None:
         views.remove_needless(self.graph)
         # one view for each way of looking at a value, or a recognition would have two inputs where it has one
-        common_subexpressions.merge(self.graph, lambda node: transparent(node) is not None)
+        common_subexpressions.merge(
+            self.graph,
+            lambda node: transparent(node) is not None or common_subexpressions.is_view(node),
+        )
         torch_internals.tidy(self.graph)
+        self.flattened = flat_products.flatten(self.graph)
         self.recognized = recognition.recognize(self.graph, self._check_recognition)
 
     def _check_recognition(self, match: Match, results: list[fx.Node]) -> bool:
@@ -347,6 +352,7 @@ class _Run:
     def _tidy(self) -> None:
         """Replace each custom op by the op of its implementation where the choice is already certain."""
         torch_internals.tidy(self.graph)
+        flat_products.restore(self.graph, self.flattened)
         recognition.restore(self.graph, self.recognized)
         ops = custom_ops.ops().values()
         declared = {op.overload: op for op in ops} | {

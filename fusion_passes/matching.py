@@ -29,6 +29,7 @@ from fusion_passes.arithmetic import Arithmetic
 from fusion_passes.compiled_pattern import CompiledPattern, Monomial, compile_pattern
 from fusion_passes.fusion import Fusion, Pattern, Tensor
 from fusion_passes.index_map import IndexMap, Size
+from fusion_passes.mismatch import Mismatch, another, digits, named, part, product_of, short
 from fusion_passes.operations import (
     COMMUTATIVE,
     Operation,
@@ -42,16 +43,6 @@ from fusion_passes.operations import (
 
 aten = torch.ops.aten
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Where a match stopped. ``progress``: how many of the pattern's operations had been found by then."""
-
-    progress: int
-    total: int
-    node: fx.Node | None
-    reason: str
 
 
 @dataclass
@@ -163,21 +154,21 @@ class Matcher:
         known = self.match.nodes.get(pattern_node)
         if known is not None and not is_constant(pattern_node):
             return known is node or self._fail(
-                node, f"{_name(node)} is not the {_name(known)} used elsewhere in it"
+                node, f"{named(node)} is not the {named(known)} used elsewhere in it"
             )
         expected, found = describe(pattern_node), describe(node)
         assert expected is not None
         if found is None or found.name != expected.name:
-            return self._fail(node, _other(pattern_node, expected, node, found))
+            return self._fail(node, another(pattern_node, expected, node, found))
         if found.attributes != expected.attributes:
             return self._fail(
-                node, f"{_short(found.name)} has {found.attributes}, expected {expected.attributes}"
+                node, f"{short(found.name)} has {found.attributes}, expected {expected.attributes}"
             )
         typed = is_tensor(pattern_node) and not _is_quantized(pattern_node)
         if typed and not self._same_dtype(pattern_node.meta["val"].dtype, node):
             return False
         if len(found.operands) != len(expected.operands):
-            return self._fail(node, f"{_short(found.name)} has {len(found.operands)} operands")
+            return self._fail(node, f"{short(found.name)} has {len(found.operands)} operands")
         self.match.nodes[pattern_node] = node
         orders = [found.operands]
         if expected.name in COMMUTATIVE:
@@ -204,10 +195,10 @@ class Matcher:
                 self.match.dtype = found
             return found == self.match.dtype or self._fail(
                 node,
-                f"{_name(node)} is {found}, expected {self.match.dtype or 'bfloat16 or float16'}",
+                f"{named(node)} is {found}, expected {self.match.dtype or 'bfloat16 or float16'}",
             )
         return found == expected or self._fail(
-            node, f"{_name(node)} is {found}, expected {expected}"
+            node, f"{named(node)} is {found}, expected {expected}"
         )
 
     def _operand(
@@ -223,9 +214,9 @@ class Matcher:
         if not is_tensor(expected):  # a tuple, read by getitem
             return (
                 isinstance(found, fx.Node) and not is_tensor(found) and self._unify(expected, found)
-            ) or self._fail(reader, f"{_name(reader)} reads {_name(found)}")
+            ) or self._fail(reader, f"{named(reader)} reads {named(found)}")
         if not is_tensor(found):
-            return self._fail(reader, f"{_name(reader)} has {found!r} where a tensor is expected")
+            return self._fail(reader, f"{named(reader)} has {found!r} where a tensor is expected")
         pointwise = operation.kind == "pointwise"
         chain = read(found, shape_of(reader) if pointwise else None)
         pattern_chain = read(expected, shape_of(pattern_reader) if pointwise else None)
@@ -242,7 +233,7 @@ class Matcher:
         if uncut([node for node, _ in chain])[1] != uncut([node for node, _ in pattern_chain])[1]:
             return self._fail(
                 reader,
-                f"{_name(reader)} reads only a part of {_name(base)}: {_part(found, base)}",
+                f"{named(reader)} reads only a part of {named(base)}: {part(found, base)}",
             )
         if not is_constant(base):
             self.match.maps.append((pattern_map, mapping, reader))
@@ -255,7 +246,7 @@ class Matcher:
         if len(shape) != len(expected_shape):
             return self._fail(
                 reader,
-                f"{_name(reader)} reads a {len(shape)}-D tensor, expected {len(expected_shape)}-D",
+                f"{named(reader)} reads a {len(shape)}-D tensor, expected {len(expected_shape)}-D",
             )
         for size, value in zip(expected_shape, shape, strict=True):
             self.match.equations.append((self.compiled.monomial(size), value, reader))
@@ -284,7 +275,7 @@ class Matcher:
                 self.match.equations.append((self.compiled.monomial(expected), found, reader))
                 return True
             return (not isinstance(found, fx.Node) and found == expected) or self._fail(
-                reader, f"{_name(reader)} has {_name(found)}, expected {expected!r}"
+                reader, f"{named(reader)} has {named(found)}, expected {expected!r}"
             )
         if is_tensor(found):
             if found.meta["val"].dim() != 0:
@@ -318,7 +309,7 @@ class Matcher:
         new = [(node, mapping, pattern_map) for node, mapping in chain]
         known = self.match.captured.setdefault(name, new)
         return known[-1][0] is chain[-1][0] or self._fail(
-            chain[0][0], f"{name} is not one value: {_name(known[-1][0])} and {_name(chain[-1][0])}"
+            chain[0][0], f"{name} is not one value: {named(known[-1][0])} and {named(chain[-1][0])}"
         )
 
     def _solve(self) -> bool:
@@ -340,9 +331,9 @@ class Matcher:
                 known, unknown = match.value(monomial)
                 if not unknown:
                     if not index_map.same_size(known, value):
-                        named = f"{_product(monomial)} is {known}, but " if monomial[1] else ""
+                        known_as = f"{product_of(monomial)} is {known}, but " if monomial[1] else ""
                         expected = "" if monomial[1] else f", expected {known}"
-                        return self._fail(node, f"{named}{_name(node)} has {value}{expected}")
+                        return self._fail(node, f"{known_as}{named(node)} has {value}{expected}")
                 elif len(unknown) == 1 and (size := index_map.divide(value, known)) is not None:
                     sizes[unknown[0]] = size
                 else:
@@ -390,8 +381,8 @@ class Matcher:
             if not index_map.same_map(self.resolved(pattern_map), mapping):
                 return self._fail(
                     node,
-                    f"{_name(node)} reads its operand as {_digits(mapping)}, "
-                    f"expected {_digits(self.resolved(pattern_map))}",
+                    f"{named(node)} reads its operand as {digits(mapping)}, "
+                    f"expected {digits(self.resolved(pattern_map))}",
                 )
         for name, chain in self.match.captured.items():
             fitting = [c for c in chain if index_map.same_map(self.resolved(c[2]), c[1])]
@@ -399,7 +390,7 @@ class Matcher:
                 node, mapping, pattern_map = chain[0]
                 return self._fail(
                     node,
-                    f"{name} is read as {_digits(mapping)}, expected {_digits(self.resolved(pattern_map))}",
+                    f"{name} is read as {digits(mapping)}, expected {digits(self.resolved(pattern_map))}",
                 )
             self.match.captured[name] = fitting
         return True
@@ -409,54 +400,6 @@ def _is_quantized(node: fx.Node) -> bool:
     """Whether a value of a pattern is what a quantization returned, whose dtype is up to its arithmetic."""
     source = node.args[0] if node.target is operator.getitem else node
     return isinstance(source, fx.Node) and any(isinstance(a, Arithmetic) for a in source.args)
-
-
-def _product(monomial: Monomial) -> str:
-    number, names = monomial
-    return " * ".join([*names, *([str(number)] if number != 1 or not names else [])])
-
-
-def _digits(mapping: IndexMap) -> str:
-    return (
-        " x ".join(f"{size}{'' if kept else ' repeated'}" for size, kept in mapping)
-        or "one element"
-    )
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("aten.").removeprefix("prims.").split(".")[0]
-
-
-def _name(value: Any) -> str:
-    return value.name if isinstance(value, fx.Node) else repr(value)
-
-
-def _found(node: fx.Node, operation: Operation | None) -> str:
-    if operation is None:
-        return f"{node.op} {node.name}"
-    cut = f", {_part(node, node.args[0])}" if node.target is aten.slice.Tensor else ""
-    return f"{_short(operation.name)} ({node.name}){cut}"
-
-
-def _part(node: fx.Node, source: Any) -> str:
-    part, whole = (f"[{', '.join(map(str, shape_of(each)))}]" for each in (node, source))
-    return f"{part} of {whole}"
-
-
-def _other(
-    pattern_node: fx.Node, expected: Operation, node: fx.Node, found: Operation | None
-) -> str:
-    """What a place is where a pattern has another operation."""
-    source = expected.operands[0] if expected.name == "cast" else None
-    if isinstance(source, fx.Node) and is_tensor(source) and is_tensor(pattern_node):
-        dtypes = [n.meta["val"].dtype for n in (source, pattern_node)]
-        given = node.meta["val"].dtype if is_tensor(node) else None
-        if dtypes == [torch.bfloat16, torch.float32] and given is torch.float32:
-            return (
-                f"{_found(node, found)} is {given} already, where bfloat16 or float16 values that are cast to "
-                "float32 are expected"
-            )
-    return f"expected {_short(expected.name)}, found {_found(node, found)}"
 
 
 def candidates(graph: fx.Graph, compiled: CompiledPattern) -> Iterator[fx.Node]:

@@ -16,7 +16,8 @@ from torch import fx
 from fusion_passes.arithmetic import MAX
 from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
 from fusion_passes.fusion import Fusion, Tensor
-from fusion_passes.matching import Matcher, Mismatch
+from fusion_passes.matching import Matcher
+from fusion_passes.mismatch import Mismatch
 from fusion_passes.operations import (
     describe,
     escapes,
@@ -53,7 +54,7 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
             if gives_away(fusion, s)
             for a in [_attempt(fusion, graph, p, s, node)]
         ]
-        best = max(attempts, key=lambda a: a.progress / a.total, default=None)
+        best = max(attempts, key=_nearness, default=None)
         # nothing but a quantization casts to float8, or rounds and casts to int8, so that alone is worth a line
         alone = fusion.signature == "cast" and (
             node.meta["val"].dtype is torch.float8_e4m3fn or _rounds(node)
@@ -66,6 +67,11 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
             )
     return misses
+
+
+def _nearness(attempt: Mismatch) -> tuple[float, bool, int]:
+    """What a place is most like: of patterns that are there to the same part, one that is whole, then the longest."""
+    return attempt.progress / attempt.total, attempt.whole, attempt.progress
 
 
 def _wants_codes(fusion: Fusion) -> bool:
@@ -159,10 +165,11 @@ def _attempt(
         for inner, user in escapes(matcher.match.nodes.values(), matcher.match.outputs):
             if not fusion.allow_shared:
                 reason = f"{inner.name} inside of it is also used by {user.name}"
-                return Mismatch(total, total, inner, reason)
+                return Mismatch(total, total, inner, reason, whole=True)
         # what a third party's constraint raises, the rewrite has met and reported
         with contextlib.suppress(Exception):
             for constraint in fusion.constraints:
                 if not constraint.holds(matcher.match):
-                    return Mismatch(total, total, node, constraint.reason(matcher.match))
+                    reason = constraint.reason(matcher.match)
+                    return Mismatch(total, total, node, reason, whole=True)
     return Mismatch(0, total, node, "")

@@ -33,6 +33,7 @@ _REDUCTIONS = {
     aten.mean.dim: "mean", aten.sum.dim_IntList: "sum",
 }  # fmt: skip
 _WITH_INDICES = {aten.max.dim: "amax", aten.min.dim: "amin"}
+_ROWWISE_OR_TENSORWISE = ([0], [1])  # recipes of torch.nn.functional.scaled_mm with a scale each
 _NAMES = {
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.mul.Tensor: "mul", aten.mul.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
@@ -110,9 +111,27 @@ def describe(node: fx.Node) -> Operation | None:
         name == "mul" and args[0] is args[1]
     ):
         return Operation("square", "pointwise", (args[0],))
+    if target is aten._scaled_mm_v2.default and (older := _scaled_mm(args)) is not None:
+        return Operation("aten._scaled_mm.default", "opaque", older)
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return Operation(name, "pointwise", (*args, *constants), attributes)
     return Operation(name, "opaque", (*args, *constants), attributes)
+
+
+def _scaled_mm(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What ``aten._scaled_mm`` takes for a call of ``aten._scaled_mm_v2``; None where it has no such product.
+
+    The later operator is what ``torch.nn.functional.scaled_mm`` calls: (a, b, scales of a, recipes, swizzles, scales of
+    b, recipes, swizzles, bias, out_dtype, contraction_dim, use_fast_accum), the last two left out where not given.
+    """
+    a, b, a_scales, a_recipe, a_swizzle, b_scales, b_recipe, b_swizzle, bias, dtype, *rest = args
+    recipe = list(a_recipe)
+    if recipe != list(b_recipe) or recipe not in _ROWWISE_OR_TENSORWISE:
+        return None
+    if len(a_scales) != 1 or len(b_scales) != 1 or any([*a_swizzle, *b_swizzle, *rest[:1]]):
+        return None
+    fast = (True,) if rest[1:] == [True] else ()
+    return (a, b, a_scales[0], b_scales[0], bias, None, dtype, *fast)
 
 
 def _values_alone(node: fx.Node) -> str | None:
@@ -229,8 +248,8 @@ def escapes(
         stack = list(node.users)
         while stack:
             user = stack.pop()
-            if user in inside:
-                continue
+            if user in inside or user.target is aten.sym_size.int:
+                continue  # how large it is, is known without it
             # max(dim) is read through its first output, which is the operation
             if user.target in _WITH_INDICES or (
                 user.op != "output" and transparent(user) is not None

@@ -92,7 +92,8 @@ class Fp8BlockLinear(Coded, nn.Linear):
         scale = amax / amax.new_full((), 448.0)
         codes = (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         dequantized = (codes.float() * scale).flatten(-2).to(x.dtype)
-        return dequantized[..., : self.in_features] if padding else dequantized
+        # contiguous: of what is no view of rows, a matmul is a product for each of the leading dimensions
+        return dequantized[..., : self.in_features].contiguous() if padding else dequantized
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, float8_e4m3fn, {BLOCK} x {BLOCK} blocks"
@@ -103,6 +104,11 @@ def _check_input(linear: nn.Linear, x: torch.Tensor) -> None:
         raise ValueError(
             f"{type(linear).__name__}: x is {x.dtype}; accepted: 16 bits or more. A model that casts x "
             "to the dtype of this linear's weight has to keep the linear: quantize_ without a filter does"
+        )
+    # the product would say so, too; before the groups, as dynamic=True then knows how many there are
+    if x.shape[-1] != linear.in_features:
+        raise ValueError(
+            f"{type(linear).__name__}: x is {tuple(x.shape)}; accepted: [..., {linear.in_features}]"
         )
 
 

@@ -247,6 +247,7 @@ def capture(
 
     The graphs are flat: ``gm(*inputs)`` takes the inputs kept as ``gm.meta["inputs"]`` and returns a tuple.
     """
+    import torch._inductor.lowering  # a decomposition (max_pool2d) looks it up as an attribute, unimported
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 

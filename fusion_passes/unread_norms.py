@@ -48,13 +48,33 @@ def _mean_of_squares(root: fx.Node) -> fx.Node | None:
         if operation.name == "mean" or (operation.name == "sum" and divided):
             squared = _source(operation.operands[0])
             inner = describe(squared) if squared is not None else None
-            return node if inner is not None and inner.name == "square" else None
+            if inner is None or inner.name != "square" or _is_centred(inner.operands[0]):
+                return None
+            return node
         if operation.name not in _ON_THE_WAY:
             return None
         tensors = [operand for operand in operation.operands if is_tensor(operand)]
         divided = divided or (operation.name in ("div", "mul") and len(tensors) == 1)
         node = _source(tensors[0]) if tensors else None
     return None
+
+
+def _is_centred(value: Any) -> bool:
+    """Whether a mean was taken off a value: the mean of its squares is a variance, and the norm a LayerNorm."""
+    node = _uncast(value)
+    operation = describe(node) if node is not None else None
+    if operation is None or operation.name != "sub":
+        return False
+    taken = _uncast(operation.operands[1])
+    mean = describe(taken) if taken is not None else None
+    return mean is not None and mean.name == "mean"
+
+
+def _uncast(value: Any) -> fx.Node | None:
+    node = _source(value)
+    while node is not None and (operation := describe(node)) and operation.name == "cast":
+        node = _source(operation.operands[0])
+    return node
 
 
 def _source(value: Any) -> fx.Node | None:

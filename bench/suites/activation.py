@@ -113,22 +113,27 @@ def fused(gate: Gate, scheme: Scheme, tokens: int, width: int, *targets: Target)
     )
 
 
+def alone(gate: Gate, tokens: int, width: int) -> Case:
+    """A gate at one size, with nothing behind it."""
+    return Case(
+        name=gate.name,
+        sizes={"tokens": tokens, "intermediate": width},
+        inputs=partial(activations, shapes=[(tokens, 2 * width)]),
+        plain=gate.plain,
+        check=same,
+        op=gate.name,
+        op_args=gate.arguments,
+        fusion=gate.name,
+        moved_bytes=6 * tokens * width,
+    )
+
+
 def cases(tiny: bool = False) -> Iterator[Case]:
     width = 256 if tiny else 2048
     yield from masked(tiny)
     for gate in GATES:
         for tokens in (4,) if tiny else (*(DECODE if gate.plain is silu_mul else FEW), 16384):
-            yield Case(
-                name=gate.name,
-                sizes={"tokens": tokens, "intermediate": width},
-                inputs=partial(activations, shapes=[(tokens, 2 * width)]),
-                plain=gate.plain,
-                check=same,
-                op=gate.name,
-                op_args=gate.arguments,
-                fusion=gate.name,
-                moved_bytes=6 * tokens * width,
-            )
+            yield alone(gate, tokens, width)
         for scheme in FUSED:
             all_of_them = gate.plain is silu_mul and scheme is GROUP
             for tokens in (4,) if tiny else (*(DECODE if all_of_them else FEW), 16384):

@@ -123,6 +123,20 @@ def rowwise_scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) ->
     )
 
 
+def scaled_mm_add(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, residual: Tensor
+) -> Tensor:
+    """The end of attention or of an MLP in a layer that torchao has quantized per tensor."""
+    product = torch._scaled_mm(
+        a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return residual + product
+
+
+def _sum_operands(device: torch.device, m: int, n: int, k: int) -> Inputs:
+    return *_scaled_operands(device, m, n, k, FP8, False), activation(device, m, n)
+
+
 def _int_mm_operands(device: torch.device, m: int, n: int, k: int) -> Inputs:
     a, a_scale, b, b_scale = _scaled_operands(device, m, n, k, INT8, True)
     return a, a_scale.to(torch.bfloat16), b, b_scale.to(torch.bfloat16).flatten()
@@ -186,6 +200,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
     yield from block_scaled_cases(tiny)
     yield from scaled_cases(tiny)
     yield from rowwise_cases(tiny)
+    yield from sum_cases(tiny)
 
 
 def scaled_cases(tiny: bool) -> Iterator[Case]:
@@ -250,6 +265,24 @@ def rowwise_cases(tiny: bool) -> Iterator[Case]:
             check=close(1e-2),
             fusion="rowwise_scaled_mm",
             moved_bytes=m * k + n * k + 2 * m * n,
+            flops=2 * m * n * k,
+        )
+
+
+def sum_cases(tiny: bool) -> Iterator[Case]:
+    """The products that a residual is added to: the output's and the down projection's."""
+    shapes, tokens = (((64, 96),), (4,)) if tiny else (LLAMA[1::2], TOKENS)
+    for (n, k), m in itertools.product(shapes, tokens):
+        yield Case(
+            name="scaled_mm_add",
+            sizes={"tokens": m, "n": n, "k": k},
+            inputs=partial(_sum_operands, m=m, n=n, k=k),
+            plain=scaled_mm_add,
+            check=close(1e-2),
+            op="scaled_mm_add",
+            op_args=lambda *operands: (operands, {"fast_sums": True}),
+            fusion="scaled_mm_add",
+            moved_bytes=m * k + n * k + 4 * m * n,
             flops=2 * m * n * k,
         )
 

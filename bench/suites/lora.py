@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import custom_ops
 from bench.case import Case, Inputs, Target, Thunk, activation, close
-from custom_ops.lora import hopper, ways
+from custom_ops.lora import hopper, hopper_batch, ways
 
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 MIXED = ((64, 64), (1024, 8), (1024, 64))  # (tokens, adapters) that the issue names
@@ -213,6 +213,8 @@ def _ways(kind: str, m: int, rank: int, float32: bool) -> dict[str, Any]:
     if not hopper.unavailable(device) and rank % 8 == 0:
         if m <= hopper.MAX_DECODE_TOKENS and rank <= hopper.MAX_DECODE_RANK:
             names += ways.DECODES
+        if kind == "batch" and rank in hopper_batch.RANKS:
+            names.append(ways.TILED)
         if kind == "single" and m >= 64 and not float32:
             names.append("prefill")
             if rank <= hopper.MAX_PREFILL_OWN_RANK:
@@ -248,6 +250,7 @@ def cases(tiny: bool = False) -> Iterator[Case]:
         (*single_cases(tiny), *mixed_cases(tiny)), key=lambda case: "named" not in case.name
     )
     yield from lora_parts.together_cases(tiny)
+    yield from lora_parts.batch_together_cases(tiny)
     yield from lora_experts.expert_cases(tiny)
     yield from lora_parts.half_cases(tiny)
     yield from lora_parts.shared_cases(tiny)

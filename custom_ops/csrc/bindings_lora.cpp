@@ -1,9 +1,6 @@
 // The ops of namespace custom_ops_cuda for linear layers with low-rank adapters: what custom_ops/lora/hopper.py calls
 // where it has seen that they take the arguments. They check again what a wrong address would come of.
-#include <optional>
-
-#include "lora.h"
-#include "op_arguments.h"
+#include "lora_arguments.h"
 
 namespace {
 
@@ -11,45 +8,6 @@ using namespace custom_ops;
 
 constexpr char kDecode[] = "lora_decode";
 constexpr char kPrefill[] = "lora_prefill";
-constexpr int64_t kAlignment = 8;  // elements of 16 bits: 16 bytes
-
-Tensor take_optional(StableIValue value) {
-  const auto given = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
-  return given.has_value() ? Tensor(*given) : Tensor();
-}
-
-bool there(const Tensor& t) { return t.get() != nullptr; }
-
-// Of the last `dims` dimensions, the last is contiguous and rows begin on 16 bytes.
-void check_rows(const char* op, const char* name, const Tensor& t, int64_t dims, int32_t dtype, int32_t device) {
-  if (t.dim() != dims) fail(op, name, " must have ", dims, " dimensions, got ", t.dim());
-  if (t.dtype() != dtype) fail(op, name, " has a dtype that does not go with x");
-  if (t.device_type() != aoti_torch_device_type_cuda() || t.device() != device) {
-    fail(op, name, " must be on the device of x");
-  }
-  const int64_t itemsize = dtype == aoti_torch_dtype_float32() ? 4 : 2;
-  bool aligned = reinterpret_cast<uintptr_t>(t.data()) % 16 == 0 && t.strides()[dims - 1] == 1;
-  for (int64_t d = 0; d < dims - 1; ++d) aligned = aligned && t.strides()[d] * itemsize % 16 == 0;
-  if (!aligned) fail(op, name, " must have rows that are contiguous and begin on 16 bytes");
-}
-
-void check_vector(const char* op, const char* name, const Tensor& t, int32_t dtype, int32_t device) {
-  if (t.dim() != 1 || t.dtype() != dtype || t.device_type() != aoti_torch_device_type_cuda() ||
-      t.device() != device || (t.sizes()[0] > 1 && t.strides()[0] != 1)) {
-    fail(op, name, " must be a contiguous vector of its dtype on the device of x");
-  }
-}
-
-void check_size(const char* op, const char* name, int64_t have, int64_t want) {
-  if (have != want) fail(op, name, " has a size of ", have, " where the others have ", want);
-}
-
-int multiprocessors(int32_t device) {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // What both ops take first; the output, on its way.
 Tensor take_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t rank,
                    LoraLinear& p) {

@@ -64,6 +64,49 @@ struct LoraPrefill {
   float scaling;
 };
 
+// Tokens of a batch in tiles of 16 of one adapter: {slot, first, count, 0}, as `LoRABatch` has them.
+struct LoraTokens {
+  const int32_t* tiles;  // [grid_tiles, 4]
+  const int32_t* sorted_tokens;
+  int grid_tiles;        // that so many tokens can be in, at most
+  int tokens;
+  int rank;  // of the slots at most: 16, 32 or 64
+};
+
+// y[split, slice, token] of x [tokens, channels] and a, [slots, rank, channels] each, all bfloat16.
+struct LoraShrink {
+  LoraTokens batch;
+  const void* x;
+  const void* a[kMaxSlices];
+  const int32_t* ranks[kMaxSlices];  // of the slots
+  float* y;
+  int64_t x_row;
+  int64_t a_slot;
+  int64_t y_split;
+  int64_t y_slice;
+  int channels;  // a multiple of 8
+  int split_channels;  // a multiple of 256
+  int slices;
+};
+
+// out [tokens, columns] += scaling * y @ b.T, y the sum of its splits.
+struct LoraExpand {
+  LoraTokens batch;
+  void* out;
+  const float* y;
+  const int32_t* ranks;  // of the slots, as the scalings
+  const float* scalings;
+  int64_t y_split;
+  int64_t y_slice;
+  int splits;
+  int columns;  // a multiple of 8
+  int slices;
+  LoraSlice slice[kMaxSlices];  // first columns are multiples of 64
+  bool early_base;  // what out holds is there before the kernel before this one has ended
+};
+
+cudaError_t lora_shrink(const LoraShrink& args, bool dependent, cudaStream_t stream);
+cudaError_t lora_expand(const LoraExpand& args, bool dependent, cudaStream_t stream);
 cudaError_t lora_decode(Dtype dtype, const LoraDecode& args, int multiprocessors, cudaStream_t stream);
 cudaError_t lora_prefill(Dtype dtype, const LoraPrefill& args, int multiprocessors, cudaStream_t stream);
 

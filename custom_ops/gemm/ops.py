@@ -208,16 +208,16 @@ def _check_scaled(
     if b.dim() != 2:
         raise ValueError(f"{op}: b has {b.dim()} dimensions; accepted: 2, [N, K]")
     n, k = b.shape
-    _require_one_of(op, "b", b, [(n, a.shape[-1])])
+    require_one_of(op, "b", b, [(n, a.shape[-1])])
     if a.dtype == torch.int8 and known(k > MAX_INT8_K):
         raise ValueError(f"{op}: K is {k}; accepted for int8: up to {MAX_INT8_K}")
     if not one_element(a_scale):
-        _require_one_of(op, "a_scale", a_scale, [(*a.shape[:-1], 1)], "or one element")
+        require_one_of(op, "a_scale", a_scale, [(*a.shape[:-1], 1)], "or one element")
     if not one_element(b_scale):
-        _require_one_of(op, "b_scale", b_scale, [(n,), (n, 1)], "or one element")
+        require_one_of(op, "b_scale", b_scale, [(n,), (n, 1)], "or one element")
     if bias is not None:
         check_choice(op, "bias.dtype", bias.dtype, tuple(dict.fromkeys((out_dtype, torch.float32))))
-        _require_one_of(op, "bias", bias, [(n,)])
+        require_one_of(op, "bias", bias, [(n,)])
 
 
 def one_element(scale: Tensor) -> bool:
@@ -225,9 +225,10 @@ def one_element(scale: Tensor) -> bool:
     return known(scale.numel() == 1)
 
 
-def _require_one_of(
+def require_one_of(
     op: str, name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]], more: str = ""
 ) -> None:
+    """Raises ValueError where a tensor certainly has none of these shapes."""
     for shape in shapes:
         if tensor.dim() == len(shape) and not any(
             known(have != want) for have, want in zip(tensor.shape, shape, strict=True)

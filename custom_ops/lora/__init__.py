@@ -12,7 +12,7 @@ from custom_ops.lora.ops import (
     lora_shrink,
 )
 from custom_ops.lora.requests import RequestBatch
-from custom_ops.lora.together import lora_linears_single
+from custom_ops.lora.together import lora_linears, lora_linears_single
 
 __all__ = [
     "LoRABatch",
@@ -24,6 +24,7 @@ __all__ = [
     "lora_expand_single",
     "lora_linear",
     "lora_linear_single",
+    "lora_linears",
     "lora_linears_single",
     "lora_shrink",
     "lora_shrink_single",

@@ -57,12 +57,13 @@ class LoRABatch:
         self.max_active = max_active
         self.num_tokens = 0
         self._tiles = most_tiles(max_tokens, max_active)
-        size = 2 * max_tokens + len(TILE_TOKENS) * self._tiles * 4
+        self._room = room = max_tokens + max_tokens % 2  # a tile is read as one, from 16 bytes
+        size = 2 * room + len(TILE_TOKENS) * self._tiles * 4
         self._buffer = torch.empty(size, dtype=torch.int32, device=device)
         self._written = np.zeros(0, np.int32)  # what the buffer holds
         self.token_slots = self._buffer[:max_tokens]
-        self.sorted_tokens = self._buffer[max_tokens : 2 * max_tokens]
-        self.tiles = self._buffer[2 * max_tokens :].view(len(TILE_TOKENS), self._tiles, 4)
+        self.sorted_tokens = self._buffer[room : room + max_tokens]
+        self.tiles = self._buffer[2 * room :].view(len(TILE_TOKENS), self._tiles, 4)
         self.update(())
 
     @property
@@ -111,14 +112,13 @@ class LoRABatch:
             level[: len(run), 0] = ordered[starts[run]]
             level[: len(run), 1] = starts[run] + within * size
             level[: len(run), 2] = np.minimum(counts[run] - within * size, size)
-        return np.concatenate((every, order, tiles.reshape(-1)))
+        pad = np.zeros(self._room - self.max_tokens, np.int32)
+        return np.concatenate((every, pad, order, pad, tiles.reshape(-1)))
 
     def _write(self, content: np.ndarray) -> int:
         """Copy what changed, a span of each part of the buffer."""
         first = len(self._written) == 0
-        ends = np.cumsum(
-            [0, self.max_tokens, self.max_tokens, *([4 * self._tiles] * len(TILE_TOKENS))]
-        )
+        ends = np.cumsum([0, self._room, self._room, *([4 * self._tiles] * len(TILE_TOKENS))])
         copied = 0
         for start, end in itertools.pairwise(ends):
             part = content[start:end]

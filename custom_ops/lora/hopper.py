@@ -1,4 +1,4 @@
-"""lora_linear and lora_linear_single in CUDA C++ for Hopper: the ways "decode" and "prefill" of `custom_ops.lora.ways`.
+"""lora_linear, lora_linear_single and several of either in CUDA C++ for Hopper: the ways of `ways.CUDA`.
 
 The kernels read x and W by TMA, from rows that begin on 16 bytes. The shrink that goes before them, where the kernel
 has none of its own, is the Triton one; the two overlap (programmatic dependent launch).
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from custom_ops import platform
 from custom_ops.implementation import _no_cuda, _no_triton
-from custom_ops.lora import ways
+from custom_ops.lora import hopper_batch, ways
 from custom_ops.platform import on_device
 
 MAX_DECODE_TOKENS = 128
@@ -55,11 +55,16 @@ def unsupported_batch(
     tiles: Tensor,
 ) -> str | None:
     """The same of lora_linear."""
-    return _unsupported("batch", x, weight, a, b)
+    return _unsupported("batch", x, weight, a, b, tiles)
 
 
 def _unsupported(
-    kind: str, x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]
+    kind: str,
+    x: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    tiles: Tensor | None = None,
 ) -> str | None:
     columns, channels = weight.shape
     rank = a[0].shape[-2]
@@ -73,7 +78,7 @@ def _unsupported(
             f"needs N, H and rank to be multiples of {_MULTIPLE}, they are {columns}, {channels} "
             f"and {rank}"
         )
-    way = way_of(kind, tokens, weight, a, b)
+    way = way_of(kind, x, weight, a, b, tiles)
     if way not in ways.CUDA:
         return f"the table has Triton for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
     for name, tensor in (("x", x), ("weight", weight), ("a", a[0]), *(("b", each) for each in b)):
@@ -82,9 +87,17 @@ def _unsupported(
     return None
 
 
-def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
-    """The fastest of the ways that take these sizes, Triton's included."""
+def way_of(
+    kind: str,
+    x: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    tiles: Tensor | None = None,
+) -> str:
+    """The fastest of the ways that take these sizes, Triton's included. tiles: of a batch."""
     among = [*ways.WITH_BLAS]
+    tokens = x.numel() // x.shape[-1]
     rank = a[0].shape[-2]
     single = kind == "single"
     if single and a[0].dtype == torch.float32:
@@ -94,6 +107,8 @@ def way_of(kind: str, tokens: int, weight: Tensor, a: Sequence[Tensor], b: Seque
     )
     if tokens <= MAX_DECODE_TOKENS and rank <= MAX_DECODE_RANK and slices_fit:
         among += ways.DECODES
+    if tiles is not None and hopper_batch.takes(x, b, tiles):
+        among.append(ways.TILED)
     if single:
         if rank <= ways.MAX_FUSED_RANK:
             among.append("fused")
@@ -141,7 +156,7 @@ def load_single() -> Any:
         tokens, rank = rows.shape[0], a.shape[0]
         each = a.dtype == x.dtype
         shape = (*x.shape[:-1], weight.shape[0])
-        way = way or way_of("single", tokens, weight, (a,), (b,))
+        way = way or way_of("single", rows, weight, (a,), (b,))
         own = way in ways.DECODES and each and rank <= MAX_OWN_RANK
         with on_device(x):
             if own:
@@ -177,9 +192,20 @@ def unsupported_together(
     scalings: Sequence[float],
 ) -> str | None:
     """The same of lora_linears_single: every one of its layers is done here, or none."""
+    return _unsupported_layers("single", x, weights, a, b)
+
+
+def _unsupported_layers(
+    kind: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    tiles: Tensor | None = None,
+) -> str | None:
     layers = enumerate(zip(weights, a, b, strict=True))
     reasons = (
-        (index, _unsupported("single", x, weight, (of_a,), (of_b,)))
+        (index, _unsupported(kind, x, weight, (of_a,), (of_b,), tiles))
         for index, (weight, of_a, of_b) in layers
     )
     return next((f"layer {index}: {reason}" for index, reason in reasons if reason), None)
@@ -187,7 +213,8 @@ def unsupported_together(
 
 def load_together() -> Any:
     """`custom_ops.lora_linears_single`: those of many tokens share a shrink, those of few have one of their own."""
-    from custom_ops.lora.linear import shrink_tile, shrink_together
+    from custom_ops.lora.linear import shrink_tile
+    from custom_ops.lora.linears import shrink_together
 
     single, prefill = load_single(), _op("lora_prefill")
 
@@ -202,7 +229,7 @@ def load_together() -> Any:
         rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         layers = list(zip(weights, biases, a, b, scalings, strict=True))
-        taken = [way_of("single", tokens, w, (of_a,), (of_b,)) for w, _, of_a, of_b, _ in layers]
+        taken = [way_of("single", rows, w, (of_a,), (of_b,)) for w, _, of_a, of_b, _ in layers]
         many = [index for index, way in enumerate(taken) if way == "prefill"]
         outs: dict[int, Tensor] = {
             index: single(x, *layers[index], way=way)
@@ -233,7 +260,7 @@ def load_batch() -> Any:
     from custom_ops.lora import launch
     from custom_ops.lora.linear import shrink_tile
 
-    decode = _op("lora_decode")
+    decode, of_shrink, of_expand = map(_op, ("lora_decode", "lora_shrink", "lora_expand"))
 
     def run(
         x: Tensor,
@@ -249,9 +276,14 @@ def load_batch() -> Any:
         way: str | None = None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        way = way or way_of("batch", rows.shape[0], weight, a, b)
+        way = way or way_of("batch", rows, weight, a, b, tiles)
         batch = launch.Tokens(ranks, sorted_tokens, tiles)
         with on_device(x):
+            if way == ways.TILED:
+                out = torch.nn.functional.linear(rows, weight, bias)
+                y = hopper_batch.shrink(of_shrink, rows, a, [ranks] * len(a), batch)
+                hopper_batch.expand(of_expand, out, y, b, scaling, batch)
+                return out.view(*x.shape[:-1], weight.shape[0])
             y = launch.shrink(rows, a, batch, shrink_tile(rows.shape[0], True), dependent=True)
             slices = (*b, *[None] * (MAX_SLICES - len(b)))
             more = (1.0, scaling, token_slots, ranks, False, *tile_of(way))
@@ -259,3 +291,27 @@ def load_batch() -> Any:
             return out.view(*x.shape[:-1], weight.shape[0])
 
     return run
+
+
+def unsupported_batches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> str | None:
+    """The same of lora_linears: every one of its layers is done here, in tiles if one of them is, or none."""
+    if reason := _unsupported_layers("batch", x, weights, a, b, tiles):
+        return reason
+    if len(weights) > hopper_batch.MAX_SLICES:
+        return f"takes {hopper_batch.MAX_SLICES} layers at most, not {len(weights)}"
+    each = zip(weights, a, b, strict=True)
+    tiled = [way_of("batch", x, w, (i,), (j,), tiles) == ways.TILED for w, i, j in each]
+    if any(tiled) and not all(hopper_batch.takes(x, (each_b,), tiles) for each_b in b):
+        return "the table has tiles for one of the layers, and they do not take all of them"
+    return None

@@ -91,12 +91,15 @@ def shrink(
     dependent: bool = False,
     dtype: torch.dtype = torch.float32,
     share: int = 1,
+    layers: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Partial sums [splits, slices, T, R] of x [T, H] by a, each [slots, R, H], or [R, H] without tokens.
 
     dtype: of the sums, each rounded to it. share: tokens, one after the other, that are one row of x [T / share, H].
+    layers: the ranks of the slots for each of a, where each is of a layer of its own; each has its sums in one piece
+    then, y[:, i : i + 1].
     """
-    y, run = prepare_shrink(x, a, tokens, tile, dependent, dtype, share)
+    y, run = prepare_shrink(x, a, tokens, tile, dependent, dtype, share, layers)
     run()
     return y
 
@@ -109,20 +112,24 @@ def prepare_shrink(
     dependent: bool = False,
     dtype: torch.dtype = torch.float32,
     share: int = 1,
+    layers: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Callable[[], object]]:
     """What `shrink` returns, not yet written, and the launch that writes it: on whichever stream is current then."""
     count, channels = x.shape[0] * share, x.shape[1]
     rank = a[0].shape[-2]
     step = triton.cdiv(triton.cdiv(channels, tile.splits), tile.k) * tile.k
     splits = triton.cdiv(channels, step)
-    y = torch.empty((splits, len(a), count, rank), dtype=dtype, device=x.device)
+    if layers is None:
+        y = torch.empty((splits, len(a), count, rank), dtype=dtype, device=x.device)
+    else:
+        y = torch.empty((len(a), splits, count, rank), dtype=dtype, device=x.device).transpose(0, 1)
     tiles = tokens.bound(count, tile.m) if tokens else triton.cdiv(count, tile.m)
     block_r = rank_block(rank)
     run = partial(
         shrink_kernel[(tiles * splits, triton.cdiv(rank, block_r), len(a))],
         x,
         tuple(a),
-        tokens and tokens.ranks,
+        tokens and (tuple(layers) if layers else (tokens.ranks,) * len(a)),
         tokens and tokens.sorted_tokens,
         tokens and tokens.of_size(tile.m),
         y,
@@ -132,6 +139,8 @@ def prepare_shrink(
         x.stride(0),
         a[0].stride(-2),
         a[0].stride(0) if tokens else 0,
+        y.stride(0),
+        y.stride(1),
         step,
         SLICES=len(a),
         BLOCK_M=tile.m,

@@ -148,73 +148,6 @@ def lora_linear_single(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def lora_linears_single(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scalings: Sequence[float],
-) -> list[Tensor]:
-    """As `custom_ops.lora_linears_single`: one shrink for the adapters of one rank, then layer by layer."""
-    rows, a, b = as_rows(x), [as_rows(each) for each in a], [as_rows(each) for each in b]
-    count, each = rows.shape[0], a[0].dtype == x.dtype
-    outs = []
-    with on_device(x):
-        parts = shrink_together(rows, a, None, chained(x))
-        for weight, bias, y, matrix, scaling in zip(
-            weights, biases, parts, b, scalings, strict=True
-        ):
-            if single_way(rows, weight, matrix, each) == "fused":
-                out = launch.linear(
-                    rows,
-                    weight,
-                    bias,
-                    y,
-                    matrix,
-                    scaling,
-                    FUSED_TILE,
-                    each=each,
-                    dependent=chained(x),
-                )
-            else:
-                out = torch.nn.functional.linear(rows, weight, bias)
-                tile = expand_tile(count, False, y.shape[-1])
-                launch.expand(y, (matrix,), out, scaling, None, out, tile, each=each)
-            outs.append(out.view(*x.shape[:-1], weight.shape[0]))
-    return outs
-
-
-def shrink_together(
-    x: Tensor,
-    a: Sequence[Tensor],
-    tile: ShrinkTile | None,
-    dependent: bool = False,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Of each of several adapters y [splits, 1, T, rank]: one kernel for those of one rank and pitch.
-
-    tile: None for that of a layer alone. dtype: the sums rounded to it, without splits; None for float32, as
-    `launch.shrink` returns them, or `summed`.
-    """
-    alike: dict[tuple[int, int], list[int]] = {}
-    for index, each in enumerate(a):
-        alike.setdefault((each.shape[0], each.stride(0)), []).append(index)
-    parts: dict[int, Tensor] = {}
-    for (rank, _), indices in alike.items():
-        here = [a[index] for index in indices]
-        own = tile or shrink_tile(x.shape[0], False, rank=rank)
-        if dtype is None:
-            y = launch.shrink(x, here, None, own, dependent)
-            y = summed(y, here[0].dtype == x.dtype, x.dtype, dependent)
-        else:
-            sums = dtype if own.splits == 1 else torch.float32
-            y = launch.shrink(x, here, None, own, dependent, sums)
-            y = launch.round_sums(y, dtype, dependent)[None]
-        parts |= {index: y[:, at : at + 1] for at, index in enumerate(indices)}
-    return [parts[index] for index in range(len(a))]
-
-
 def single_way(x: Tensor, weight: Tensor, b: Tensor, each: bool) -> str:
     """What the table has for one adapter of b's rank, among the ways of Triton."""
     kind = "single" if each else "single float32"
@@ -298,7 +231,7 @@ def _with_blas(
         return summed(parts, each, x.dtype, after)
 
     if way == "beside" and x.device.type == "cuda":
-        main, side = torch.cuda.current_stream(), _side_stream()
+        main, side = torch.cuda.current_stream(), side_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             y = run_shrink()
@@ -318,7 +251,7 @@ def _with_blas(
 _side_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
-def _side_stream() -> torch.cuda.Stream:
+def side_stream() -> torch.cuda.Stream:
     """One per stream that asks, so that no capture meets the work of another stream."""
     current = torch.cuda.current_stream()
     key = (current.device_index, current.cuda_stream)

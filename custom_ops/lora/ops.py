@@ -271,8 +271,9 @@ def lora_linear(
         out = T(T(x @ weight.T + bias) + ((x @ a.T) @ b.T) * scaling)
 
     The low-rank product is not rounded on its way, unlike in an eager PEFT layer of 16 bits, which brings the result
-    closer to float64. Implementations: CUDA C++ (Hopper, few tokens: one kernel, beside the shrink), Triton (the BLAS,
-    then the adapters), reference; custom_ops/tables/lora_sm_90.json says which is faster where.
+    closer to float64. Implementations: CUDA C++ (Hopper; for few tokens one kernel after the shrink, else the BLAS and
+    then the adapters), Triton (the BLAS, and the adapters beside it), reference; custom_ops/tables/lora_sm_90.json says
+    which is faster where.
     """
     return torch.ops.custom_ops.lora_linear(
         x, weight, bias, a, b, scaling, ranks, token_slots, sorted_tokens, tiles

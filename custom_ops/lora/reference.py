@@ -130,6 +130,27 @@ def lora_linears_single(
     return [lora_linear_single(x, *layer) for layer in layers]
 
 
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    token_slots: Tensor,
+    sorted_tokens: Tensor,
+    tiles: Tensor,
+) -> list[Tensor]:
+    """`custom_ops.lora_linears`."""
+    batch = token_slots, sorted_tokens, tiles
+    layers = zip(weights, biases, a, b, scalings, ranks, strict=True)
+    return [
+        lora_linear(x, weight, bias, [of_a], [of_b], scaling, rank, *batch)
+        for weight, bias, of_a, of_b, scaling, rank in layers
+    ]
+
+
 def lora_linear_single(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:

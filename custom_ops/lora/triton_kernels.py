@@ -143,7 +143,7 @@ def _shrink_tile(
 def shrink_kernel(
     x_ptr,
     a_ptrs,
-    ranks_ptr,
+    ranks_ptrs,
     sorted_ptr,
     tiles_ptr,
     y_ptr,
@@ -153,6 +153,8 @@ def shrink_kernel(
     x_row,
     a_row,
     a_slot,
+    y_split,
+    y_slice,
     split_channels,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -173,20 +175,26 @@ def shrink_kernel(
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     first_rank = tl.program_id(1) * BLOCK_R
-    slot, rank, count, token, inside = _tokens_of(
-        tile, sorted_ptr, tiles_ptr, ranks_ptr, T, R, BLOCK_M, BATCHED
-    )
-    if count > 0:
-        k_from = split * split_channels
-        k_to = tl.minimum(H, k_from + split_channels)
-        y_ptr += (split * SLICES + tl.program_id(2)).to(tl.int64) * T * R
-        at = tl.maximum(slot, 0).to(tl.int64) * a_slot
-        for index in tl.static_range(SLICES):
-            if tl.program_id(2) == index:
+    k_from = split * split_channels
+    k_to = tl.minimum(H, k_from + split_channels)
+    for index in tl.static_range(SLICES):
+        if tl.program_id(2) == index:
+            slot, rank, count, token, inside = _tokens_of(
+                tile,
+                sorted_ptr,
+                tiles_ptr,
+                ranks_ptrs[index] if BATCHED else None,
+                T,
+                R,
+                BLOCK_M,
+                BATCHED,
+            )
+            if count > 0:
+                at = tl.cast(split, tl.int64) * y_split + tl.cast(index, tl.int64) * y_slice
                 _shrink_tile(
                     x_ptr,
-                    a_ptrs[index] + at,
-                    y_ptr,
+                    a_ptrs[index] + tl.maximum(slot, 0).to(tl.int64) * a_slot,
+                    y_ptr + at,
                     token,
                     inside,
                     rank,

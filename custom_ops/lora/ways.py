@@ -9,6 +9,7 @@
 | apart       | the BLAS, the shrink before it, the expand on what it wrote               | triton |
 | beside      | the same, with the shrink on a stream of its own while the BLAS runs      | triton |
 | after       | the same, with the shrink after the BLAS: the expand starts while it runs | triton |
+| tiled       | after, for a batch, in CUDA C++: `csrc/lora_batch.cu`                     | cuda   |
 
 A decode tile is C columns by one of up to B parts of the channels.
 
@@ -28,7 +29,8 @@ from typing import Any
 
 DECODES = ("decode 64x2", "decode 64x4", "decode 128x2", "decode 128x4")
 WITH_BLAS = ("apart", "beside", "after")
-CUDA = (*DECODES, "prefill", "prefill own")
+TILED = "tiled"
+CUDA = (*DECODES, "prefill", "prefill own", TILED)
 WAYS = (*CUDA, "fused", *WITH_BLAS)
 MAX_FUSED_RANK = (
     64  # above it the tiles of y and B, which its loop over the rank would prefetch, find no room

@@ -2,6 +2,7 @@
 
 from custom_ops.moe.align import moe_align_block_size, padded_rows
 from custom_ops.moe.batched import fused_moe_batched
+from custom_ops.moe.logits import router_logits
 from custom_ops.moe.ops import fused_moe
 from custom_ops.moe.permute import moe_permute, moe_permute_group_quant, moe_reduce, moe_unpermute
 from custom_ops.moe.routing import grouped_topk, topk_sigmoid, topk_softmax
@@ -18,6 +19,7 @@ __all__ = [
     "moe_reduce",
     "moe_unpermute",
     "padded_rows",
+    "router_logits",
     "topk_sigmoid",
     "topk_softmax",
 ]

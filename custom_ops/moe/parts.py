@@ -29,13 +29,6 @@ from torch import Tensor
 
 from custom_ops.moe.problem import Problem, Sizes
 
-INPUT_FORMATS = ("tokens", "indexed", "contiguous", "batched")
-OUTPUT_FORMATS = ("pairs", "contiguous", "batched", "reduced")
-QUANTIZATIONS = (None, "fp8_group")
-WEIGHTS = ("16_bit", "fp8_block", "int8_channel")
-EXCHANGES = (None, "high_throughput", "low_latency")
-GATE_UP = ("gate_first", "up_first")
-
 CHUNK_VARIABLE = "CUSTOM_OPS_MOE_CHUNK_TOKENS"
 DEFAULT_CHUNK_TOKENS = 16384
 
@@ -85,7 +78,7 @@ class Prepare:
     run(problem, experts) -> Prepared. activation_format, quantization: what it makes. applies_topk_weights: whether
     it multiplies the tokens by them. workspace: bytes that it allocates, from the sizes and the bytes of an element of
     hidden_states. chunkable: whether it may see some of the tokens at a time. unsupported: why it cannot take a
-    problem. exchange: how it sends tokens to the ranks of their experts, one of EXCHANGES.
+    problem. exchange: how it sends tokens to the ranks of their experts, "high_throughput" or "low_latency"; or None.
     """
 
     name: str
@@ -104,10 +97,10 @@ class Experts:
     """The two grouped products and what is between them.
 
     run(problem, prepared) -> Tensor in output_format. family: the implementation of `fused_moe` that it belongs to.
-    activation_format, quantization: what it takes. weights: of which it can read, one of WEIGHTS. gate_up: the order of
-    the halves of gate_up that it reads; "up_first" has to keep them once more. align: a multiple of
-    what rows each expert has in a contiguous format, or the block size of the index, from the problem.
-    unavailable(device): why it cannot run there. The others: see Prepare.
+    activation_format, quantization: what it takes. weights: of which it can read, in the words of `Problem.weights`.
+    gate_up: the order of the halves that it reads; "up_first" has to keep them once more. align: a multiple of what
+    rows each expert has in a contiguous format, or the block size of the index, from the problem. unavailable(device):
+    why it cannot run there. The others: see Prepare.
     """
 
     name: str

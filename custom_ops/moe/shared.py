@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +19,9 @@ from custom_ops.moe.beside import beside
 from custom_ops.moe.checks import check_dims, check_dtype, check_shape
 from custom_ops.moe.ops import _check as check_experts
 from custom_ops.quantization.checks import check_device
-from custom_ops.scales import known
 
+T = TypeVar("T")
 _OP = "fused_moe_and_shared"
-# Widths that are no multiple of this one are not taken by two streams.
-_MULTIPLE = 128
 
 
 def fused_moe_and_shared(
@@ -57,11 +57,8 @@ def fused_moe_and_shared(
         linear(silu(linear(hidden_states, shared_gate)) * linear(hidden_states, shared_up), shared_down)
 
     On a GPU the shared experts run on a second stream, which waits for the current one and which the current one waits
-    for: captured, a fork and a join of the CUDA graph. Nothing waits for the device. They run after the routed ones
-    where H, S or the width of a routed expert is not a multiple of 128: kernels side by side have ended in an illegal
-    instruction there on an H100, now and then, and the cause is not found. Implementations: streams, in_turn,
-    reference. Raises ValueError as `fused_moe` does, and for a shared weight of another dtype, shape or device. Source:
-    arXiv:2401.06066.
+    for: captured, a fork and a join of the CUDA graph. Nothing waits for the device. Raises ValueError as `fused_moe`
+    does, and for a shared weight of another dtype, shape or device. Source: arXiv:2401.06066.
     """
     return torch.ops.custom_ops.fused_moe_and_shared(
         hidden_states,
@@ -88,189 +85,52 @@ def fused_moe_and_shared(
     )
 
 
-def _check(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    *,
-    activation: str,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    expert_map: Tensor | None,
-    min_amax: float,
-    scale_mode: str,
-    code_mode: str,
-    routed_experts: int,
-) -> None:
-    check_experts(
-        hidden_states,
-        gate_up,
-        down,
-        topk_weights,
-        topk_ids,
-        activation=activation,
-        interleaved=interleaved,
-        alpha=alpha,
-        limit=limit,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        gate_up_scale=gate_up_scale,
-        down_scale=down_scale,
-        expert_map=expert_map,
-        min_amax=min_amax,
-        scale_mode=scale_mode,
-        code_mode=code_mode,
-        routed_experts=routed_experts,
-        hidden_scale=None,
-        out_dtype=hidden_states.dtype,
-    )
-    check_dims(_OP, "shared_gate", shared_gate, 2)
-    width, hidden = shared_gate.shape[0], hidden_states.shape[1]
+def _of_the_op(function: Callable[..., T]) -> Callable[..., T]:
+    """With the signature of the op, which what takes all of `fused_moe`'s arguments only hands on."""
+    function.__signature__ = inspect.signature(fused_moe_and_shared)  # type: ignore[attr-defined]
+    return function
+
+
+@_of_the_op
+def _check(hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> None:
+    *routed, gate, up, down = args
+    out_dtype = hidden_states.dtype
+    check_experts(hidden_states, *routed, **kwargs, hidden_scale=None, out_dtype=out_dtype)
+    check_dims(_OP, "shared_gate", gate, 2)
+    width, hidden = gate.shape[0], hidden_states.shape[1]
     for name, weight, shape in (
-        ("shared_gate", shared_gate, (width, hidden)),
-        ("shared_up", shared_up, (width, hidden)),
-        ("shared_down", shared_down, (hidden, width)),
+        ("shared_gate", gate, (width, hidden)),
+        ("shared_up", up, (width, hidden)),
+        ("shared_down", down, (hidden, width)),
     ):
         check_dtype(_OP, name, weight, (hidden_states.dtype,))
         check_shape(_OP, name, weight, shape)
         check_device(_OP, name, weight, "hidden_states", hidden_states)
 
 
-def _empty(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    *,
-    activation: str,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    expert_map: Tensor | None,
-    min_amax: float,
-    scale_mode: str,
-    code_mode: str,
-    routed_experts: int,
-) -> tuple[Tensor, Tensor]:
-    def one() -> Tensor:
-        return torch.empty(
-            hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device
-        )
-
-    return one(), one()
+@_of_the_op
+def _empty(hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    shape = hidden_states.shape
+    return hidden_states.new_empty(shape), hidden_states.new_empty(shape)
 
 
-def _reference(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    *,
-    activation: str,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    expert_map: Tensor | None,
-    min_amax: float,
-    scale_mode: str,
-    code_mode: str,
-    routed_experts: int,
-) -> tuple[Tensor, Tensor]:
-    routed = reference.fused_moe(
-        hidden_states,
-        gate_up,
-        down,
-        topk_weights,
-        topk_ids,
-        activation=activation,
-        interleaved=interleaved,
-        alpha=alpha,
-        limit=limit,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        gate_up_scale=gate_up_scale,
-        down_scale=down_scale,
-        expert_map=expert_map,
-        min_amax=min_amax,
-        scale_mode=scale_mode,
-        code_mode=code_mode,
-        routed_experts=routed_experts,
-    )
+@_of_the_op
+def _reference(hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    *routed, gate, up, down = args
     rows = hidden_states.contiguous()
-    between = silu_mul(linear(rows, shared_gate), linear(rows, shared_up))
-    return routed, linear(between, shared_down)
+    between = silu_mul(linear(rows, gate), linear(rows, up))
+    return reference.fused_moe(hidden_states, *routed, **kwargs), linear(between, down)
 
 
-def _side_by_side(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+def _side_by_side(hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    *routed, gate, up, down = args
     # of the current stream, whose memory a caller may follow (torch.compile does, for its CUDA graphs)
     out = hidden_states.new_empty(hidden_states.shape)
     return beside(
-        partial(
-            torch.ops.custom_ops.fused_moe,
-            hidden_states,
-            gate_up,
-            down,
-            topk_weights,
-            topk_ids,
-            **kwargs,
-        ),
-        partial(_shared, hidden_states, shared_gate, shared_up, shared_down, out),
+        partial(torch.ops.custom_ops.fused_moe, hidden_states, *routed, **kwargs),
+        partial(_shared, hidden_states, gate, up, down, out),
         hidden_states.device,
     )
-
-
-def _in_turn(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    routed = torch.ops.custom_ops.fused_moe(
-        hidden_states, gate_up, down, topk_weights, topk_ids, **kwargs
-    )
-    out = hidden_states.new_empty(hidden_states.shape)
-    return routed, _shared(hidden_states, shared_gate, shared_up, shared_down, out)
 
 
 def _shared(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
@@ -281,32 +141,6 @@ def _shared(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, out: Tensor) -> T
 
 def _no_streams(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"needs a second stream, a {device.type} has none"
-
-
-def _not_cuda(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"needs a CUDA tensor, this one is on {device.type}"
-
-
-def _not_on_two_streams(
-    hidden_states: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    shared_gate: Tensor,
-    shared_up: Tensor,
-    shared_down: Tensor,
-    **kwargs: Any,
-) -> str | None:
-    widths = {
-        "hidden_states": hidden_states.shape[1],
-        "down": down.shape[2],
-        "shared_gate": shared_gate.shape[0],
-    }
-    for name, width in widths.items():
-        if not known(width % _MULTIPLE == 0):
-            return f"takes widths that are multiples of {_MULTIPLE}, that of {name} is {width}"
-    return None
 
 
 library.define(
@@ -321,8 +155,5 @@ library.define(
     check=_check,
     empty=_empty,
     reference=_reference,
-    implementations=(
-        Implementation("streams", lambda: _side_by_side, _no_streams, _not_on_two_streams),
-        Implementation("in_turn", lambda: _in_turn, _not_cuda),
-    ),
+    implementations=(Implementation("streams", lambda: _side_by_side, _no_streams),),
 )

@@ -24,6 +24,11 @@ def hopper(x: Tensor) -> bool:
     return x.device.type == "cuda" and (cuda_capability(x.device) or (0, 0)) >= (9, 0)
 
 
+def descriptors(x: Tensor) -> bool:
+    """Whether kernels there read by descriptors: apart from `hopper`, as Triton's interpreter checks such reads too."""
+    return hopper(x)
+
+
 def constants(
     rows: Tensor,
     weight: Tensor,
@@ -106,7 +111,7 @@ def _properties(device: torch.device) -> dict[str, int]:
 def rows_by_descriptor(rows: Tensor, tile: Tile) -> bool:
     """Whether [M, K] rows are read by the tensor memory accelerator: 16-byte pointer and pitch."""
     pitch = rows.stride(0) * rows.element_size()
-    return tile.tma and hopper(rows) and pitch % 16 == 0 and rows.data_ptr() % 16 == 0
+    return tile.tma and descriptors(rows) and pitch % 16 == 0 and rows.data_ptr() % 16 == 0
 
 
 def rows_operands(rows: Tensor, block: int, tile: Tile) -> tuple[Any, Any]:
@@ -122,12 +127,17 @@ def rows_operands(rows: Tensor, block: int, tile: Tile) -> tuple[Any, Any]:
 
 
 def weight_by_descriptor(weight: Tensor, tile: Tile) -> bool:
-    """Whether the tensor memory accelerator reads [E, N, K] weights: also, N or K lies in one piece."""
-    if not tile.tma or not hopper(weight):
+    """Whether the tensor memory accelerator reads [E, N, K] weights: also, N or K lies in one piece.
+
+    Each box that it reads begins at 16 bytes, or the kernel ends in an illegal instruction: so does the upper half of
+    gate_up, in the middle of N, where N is what lies in one piece.
+    """
+    if not tile.tma or not descriptors(weight):
         return False
     inner = 1 if n_inner(weight) else 2
     pitches = [weight.stride(i) for i in (0, 1, 2) if i != inner]
-    aligned = all(p > 0 and p * weight.element_size() % 16 == 0 for p in pitches)
+    starts = [*pitches, weight.shape[1] // 2] if inner == 1 else pitches
+    aligned = all(s * weight.element_size() % 16 == 0 for s in starts) and min(pitches) > 0
     return weight.stride(inner) == 1 and aligned and weight.data_ptr() % 16 == 0
 
 

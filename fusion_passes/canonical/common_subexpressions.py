@@ -70,12 +70,11 @@ def _makes_something_new(target: torch._ops.OpOverload) -> bool:
 
 def _is_returned(node: fx.Node) -> bool:
     # two results of a graph must stay two tensors: the caller may write into one of them
-    return any(
-        user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users
-    )
+    return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at a part of a value, or at all of it in another shape or order."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 

@@ -288,7 +288,14 @@ def _is_input_of_the_graph(match: Match) -> bool:
 
 
 _CONSTRAINTS = (
-    Constraint(_within_tokens, lambda match: "one group spans several tokens"),
+    Constraint(
+        _within_tokens,
+        lambda match: (
+            "one group spans several tokens"
+            if isinstance(match.sizes["group_size"], int)
+            else f"how many channels have one scale, {match.sizes['group_size']}, is known only at run time"
+        ),
+    ),
     Constraint(
         _known_bounds,
         lambda match: "a bound of its codes or of its scale is known only at run time",

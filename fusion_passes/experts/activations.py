@@ -8,7 +8,7 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.canonical import meanings
-from fusion_passes.experts.reading import Unlike, aten, called, element, number, strip
+from fusion_passes.experts.reading import CAST, Unlike, aten, called, element, number, strip
 from fusion_passes.index_map import Size
 from fusion_passes.operations import describe, is_tensor, shape_of
 
@@ -17,6 +17,7 @@ GATED = {
     meanings.gelu_tanh_mul: "gelu_tanh_mul",
     meanings.clamped_swiglu: "clamped_swiglu",
 }
+_CLAMPS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 
 
 class Between(NamedTuple):
@@ -77,6 +78,12 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
     for node in (gate, up):
         part = _part(strip(node))
         if part is None:
+            if (clamp := _clamp_of(node)) is not None:
+                raise Unlike(
+                    clamp,
+                    f"{called(clamp)} clamps gate or up before they are multiplied, which of the activations that are "
+                    "fused clamped_swiglu alone does, with alpha and one added to up",
+                )
             raise Unlike(
                 node, f"{called(strip(node))}, gate or up, is not a half of the product's channels"
             )
@@ -92,6 +99,14 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
     if halved and (first.start, first.step) == (0, 1):
         return first.source, False, first.channels
     raise Unlike(gate, f"{gate.name}, the gate, is not the first half of the product's channels")
+
+
+def _clamp_of(node: fx.Node) -> fx.Node | None:
+    """The clamp that a node is the result of, rounded or not."""
+    node = strip(node)
+    while node.target is CAST:
+        node = strip(node.args[0])
+    return node if node.target in _CLAMPS else None
 
 
 class _Part(NamedTuple):

@@ -2,10 +2,11 @@
 
     torch._scaled_mm(q, w8.T, scale, w_scale.T, bias, out_dtype=bfloat16)   ->   scaled_mm(q, scale, w8, w_scale, bias)
 
-As torchao's Float8DynamicActivationFloat8WeightConfig(PerRow()) writes it. cuBLASLt takes 12 us or more for it, however
-few tokens there are; a Triton kernel of small tiles reads the weight in the time that it takes to read it. With many
-tokens cuBLASLt is ahead, and the rows of the table leave those to stock. `use_fast_accum` allows sums of fewer bits
-than float32, which the kernels here do not make use of.
+As torchao's Float8DynamicActivationFloat8WeightConfig(PerRow()) writes it, or by torch.nn.functional.scaled_mm with
+ScalingType.RowWise (aten._scaled_mm_v2, before which torch.compile of 2.11 breaks the graph). cuBLASLt takes 12 us or
+more for it, however few tokens there are; a Triton kernel of small tiles reads the weight in the time that it takes to
+read it. With many tokens cuBLASLt is ahead, and the rows of the table leave those to stock. `use_fast_accum` allows
+sums of fewer bits than float32, which the kernels here do not make use of.
 """
 
 from __future__ import annotations

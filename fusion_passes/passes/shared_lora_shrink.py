@@ -4,9 +4,13 @@
 
     ->   y = lora_shrink(x, [a_q, a_k], ...); lora_expand(y[0:1], [b_q], q, ...), lora_expand(y[1:2], [b_k], k, ...)
 
-These are the adapters of :class:`fusion_passes.lora.AdapterManager` over linears that are no plain ones (block-FP8):
-a plain one and its adapters are one op already. Where an adapter has another rank in each of them, the shrink has the
-largest: what that adds to the others is left from an adapter before, and `lora_expand` does not read it.
+These are the adapters of :class:`fusion_passes.lora.AdapterManager` over linears that are no plain ones (block-FP8).
+Where an adapter has another rank in each of them, the shrink has the largest: what that adds to the others is left from
+an adapter before, and `lora_expand` does not read it. A plain linear and its adapters are one op already:
+
+    lora_linear(x, w_q, None, [a_q], [b_q], ...), lora_linear(x, w_k, None, [a_k], [b_k], ...)
+
+    ->   lora_linears(x, [w_q, w_k], [None, None], [a_q, a_k], [b_q, b_k], ...)
 
     lora_linear_single(x, w_q, None, a_q, b_q, s), lora_linear_single(x, w_k, None, a_k, b_k, s)
 
@@ -41,6 +45,7 @@ aten = torch.ops.aten
 
 def _transform(graph: fx.Graph) -> Iterator[Site]:
     yield from _batches(graph)
+    yield from _linears(graph)
     yield from _singles(graph)
     yield from _added_singles(graph)
 
@@ -81,6 +86,26 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
     yield from _sites(graph, x, nodes)
 
 
+def _linears(graph: fx.Graph) -> Iterator[Site]:
+    groups: dict[Any, list[fx.Node]] = {}
+    target = custom_ops.ops()["lora_linear"].overload
+    for node in graph.find_nodes(op="call_function", target=target):
+        x, _, _, a, _, _, _, *batch = node.args
+        if len(a) == 1:  # several slices share a shrink already
+            groups.setdefault((x, shape_of(a[0])[:2], *batch), []).append(node)
+    for (x, _, *batch), nodes in groups.items():
+        together = [n for n in nodes if all(each < nodes[0] for each in n.all_input_nodes)]
+        if len(together) < 2:
+            continue
+        # weights, biases, a, b, scalings, ranks; a and b come as lists of their one slice
+        layers = [
+            [value[0] if index in (2, 3) else value for value in each]
+            for index, each in enumerate(zip(*(node.args[1:7] for node in together), strict=True))
+        ]
+        _replace_by_one(graph, together, "lora_linears", x, *layers, *batch)
+        yield from _sites(graph, x, together)
+
+
 def _singles(graph: fx.Graph) -> Iterator[Site]:
     groups: dict[Any, list[fx.Node]] = {}
     # a scaling that is a tensor belongs to another overload, and stays
@@ -97,14 +122,18 @@ def _singles(graph: fx.Graph) -> Iterator[Site]:
 def _merge_singles(graph: fx.Graph, nodes: list[fx.Node]) -> Iterator[Site]:
     x = nodes[0].args[0]
     layers = [list(each) for each in zip(*(node.args[1:] for node in nodes), strict=True)]
+    _replace_by_one(graph, nodes, "lora_linears_single", x, *layers)
+    yield from _sites(graph, x, nodes)
+
+
+def _replace_by_one(graph: fx.Graph, nodes: list[fx.Node], op: str, *args: Any) -> None:
+    """Nodes by one call of an op that returns as many tensors."""
     with torch_internals.fake_mode_of(graph), graph.inserting_before(nodes[0]):
-        target = custom_ops.ops()["lora_linears_single"].overload
-        merged = _call(nodes[0], target, x, *layers)
+        merged = _call(nodes[0], custom_ops.ops()[op].overload, *args)
         outputs = [_call(n, operator.getitem, merged, at) for at, n in enumerate(nodes)]
     for node, output in zip(nodes, outputs, strict=True):
         node.replace_all_uses_with(output)
         graph.erase_node(node)
-    yield from _sites(graph, x, nodes)
 
 
 def _added_singles(graph: fx.Graph) -> Iterator[Site]:

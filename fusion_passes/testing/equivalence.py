@@ -46,7 +46,20 @@ def random_inputs(
     """Arguments for a pattern: normal tensors of its shapes, positive float32 scales, small scalars.
 
     sizes: a value for each size name of the pattern. scalars: values for its scalars (1e-6 where not given).
+    Raises ValueError where ``sizes`` lacks one.
     """
+    needed = {
+        str(symbol)
+        for spec in pattern.inputs.values()
+        for expression in (
+            spec.shape if isinstance(spec, Tensor) else getattr(spec, "name", "1").split()
+        )
+        for symbol in sympy.sympify(expression).free_symbols
+    }
+    if lacking := sorted(needed - set(sizes)):
+        raise ValueError(
+            f"sizes has no {', '.join(lacking)}; pattern {pattern.name!r} needs {', '.join(sorted(needed))}"
+        )
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
     for name, spec in pattern.inputs.items():

@@ -16,6 +16,7 @@ from tests.custom_ops.schemes import KEPT, PAIRS, PRODUCERS, SCHEMES
 NAMES = {
     "block_scaled_mm",
     "scaled_mm",
+    "scaled_mm_add",
     "block_quant",
     "silu_mul_group_quant_masked",
     "token_quant_asymmetric",
@@ -29,6 +30,7 @@ NAMES = {
     "moe_reduce",
     "fused_moe",
     "fused_moe_and_shared",
+    "router_logits",
     "fused_moe_batched",
     "fused_moe_lora",
     "ep_dispatch",
@@ -42,6 +44,7 @@ NAMES = {
     "lora_add",
     "lora_linear_single",
     "lora_add_single",
+    "lora_linears",
     "lora_linears_single",
     "lora_shrink_single",
     "lora_expand_single",

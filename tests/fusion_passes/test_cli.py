@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import custom_ops
 from custom_ops import library
 from fusion_passes import demo, settings
-from fusion_passes.cli import app
+from fusion_passes.cli import OPTIONAL, app
 from fusion_passes.registered import registry
 
 runner = CliRunner()
@@ -68,6 +71,12 @@ def test_doctor_names_every_op_and_optional_package():
     assert result.exit_code == 0
     for name in (*library.ops(), "deep_gemm", "flashinfer", "nvcc", "torch"):
         assert name in result.output
+
+
+def test_doctor_names_whatever_an_implementation_asks_for():
+    sources = "".join(p.read_text() for p in Path(custom_ops.__file__).parent.rglob("*.py"))
+    asked = set(re.findall(r'has_package\("([a-z_]+)"\)', sources))
+    assert {"triton", "deep_gemm", "flashinfer", "deep_ep"} <= asked <= OPTIONAL.keys()
 
 
 def test_doctor_json():

@@ -70,7 +70,9 @@ class Block(nn.Module):
 def check(block: Block, *shape: int, dtype: torch.dtype = torch.bfloat16) -> None:
     x, residual = torch.randn(2, *shape).to(dtype).unbind(0)
     block.to(dtype)
-    result = fuse(block, x, residual, only=list(fusion_passes.registry().values()))
+    # the router's product in float32 is the subject of another fusion, whose kernel takes long in the interpreter
+    others = [f for name, f in fusion_passes.registry().items() if name != "router_logits"]
+    result = fuse(block, x, residual, only=others)
     name = f"{'add_' * block.adds}rms_norm"
     assert result.report.matches == {f"{name}_{block.scheme}": 1}, result.report
     assert result.report.near_misses == []

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from fusion_passes import Tensor as Spec
-from fusion_passes.fusion import Pattern, Scalar, SizeOf
+from fusion_passes import registry
+from fusion_passes.fusion import Fusion, Pattern, Scalar, SizeOf
 from fusion_passes.matching import compile_pattern
-from fusion_passes.operations import module_path
+from fusion_passes.operations import escapes, module_path
 from fusion_passes.quantize import quantize_weight
+from fusion_passes.testing import fuse, fuse_graphs
 from tests.fusion_passes.helpers import EPS, FP8, fuse_all, llama_norm, quantize, random, silu_mul
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -288,6 +290,16 @@ def test_eps_that_is_known_only_at_run_time():
     assert result.report.matches == {"rms_norm": 1}
 
 
+def test_eps_on_another_device_than_the_cpu_stays():
+    """A kernel takes it as a number, and to read it the host would wait for the device."""
+    x, weight, eps = (t.to("meta") for t in (random(4, 128), random(128), torch.tensor(EPS)))
+    result = fuse_graphs(llama_norm, x, weight, eps, only=[registry()["rms_norm"]])[0]
+    assert result.report.matches == {}
+    assert [m.reason for m in result.report.near_misses] == [
+        "eps is on a GPU, and reading it would wait for the GPU"
+    ]
+
+
 def test_the_report_names_the_module():
     class Block(torch.nn.Module):
         def __init__(self):
@@ -334,3 +346,66 @@ def test_both_halves_must_be_one_projection_each():
     """Slices that overlap are two values: the fusion reads them where they lie."""
     result = fuse_all(lambda p: silu_mul(p[:, :128], p[:, 64:192]), random(3, 256))
     assert result.report.matches == {"silu_mul": 1}
+
+
+def test_the_size_of_a_value_inside_keeps_nobody_from_fusing():
+    """What only asks how large a value is, as views of a symbolic width do, needs none of its elements."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(3, 4)
+    inside = graph.call_function(torch.ops.aten.abs.default, (x,))
+    inside.meta["val"] = torch.empty(3, 4)
+    size = graph.call_function(torch.ops.aten.sym_size.int, (inside, 0))
+    end = graph.call_function(torch.ops.aten.neg.default, (inside,))
+    end.meta["val"] = torch.empty(3, 4)
+    reader = graph.call_function(torch.ops.aten.exp.default, (inside,))
+    graph.output((end, size, reader))
+    assert list(escapes([inside, end], [end])) == [(inside, reader)]
+
+
+def _square_linear() -> Fusion:
+    """A pattern whose sizes are all that tells it from another: a weight of as many rows as columns."""
+    square = {"x": Spec("num_tokens", "hidden_size"), "weight": Spec("hidden_size", "hidden_size")}
+    return Fusion(
+        "square_linear",
+        "relu(x @ w.T)",
+        2,
+        patterns=(Pattern(lambda x, weight: F.relu(F.linear(x, weight)), square, name="square"),),
+        rewrite=lambda m: (m.call("silu_mul", m.tensor("x"), m.tensor("x")),),
+        signature="aten.mm.default",
+    )
+
+
+@given(
+    tokens=st.integers(2, 5),
+    width=st.sampled_from((2, 8, 17)),
+    features=st.sampled_from((2, 8, 17)),
+    lead=st.sampled_from(((), (1,), (3,))),
+)
+def test_sizes_alone_tell_two_patterns_apart(tokens, width, features, lead):
+    x, weight = random(*lead, tokens, width), random(features, width)
+    result = fuse(lambda x, w: F.relu(F.linear(x, w)), x, weight, only=[_square_linear()])
+    assert result.report.matches == ({"square_linear": 1} if width == features else {})
+    if width != features:
+        (miss,) = result.report.near_misses
+        assert f"hidden_size is {width}, but" in miss.reason or f"has {features}" in miss.reason
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (1, 6), (1, 1, 6)])
+def test_what_is_compared_shape_by_shape_has_as_many_dimensions(shape):
+    """A scan goes along one dimension: of a matrix it is another operation, even where one row is all there is."""
+    fusion = Fusion(
+        "running_relu",
+        "relu(cumsum(x))",
+        2,
+        patterns=(
+            Pattern(lambda x: F.relu(torch.cumsum(x, 0)), {"x": Spec("num_tokens")}, name="scan"),
+        ),
+        rewrite=lambda m: (m.emit(torch.ops.aten.neg.default, m.tensor("x")),),
+        signature="aten.cumsum.default",
+    )
+    result = fuse(lambda x: F.relu(torch.cumsum(x, 0)), random(*shape), only=[fusion])
+    assert result.report.matches == ({"running_relu": 1} if len(shape) == 1 else {})
+    if len(shape) > 1:
+        (miss,) = result.report.near_misses
+        assert f"reads a {len(shape)}-D tensor, expected 1-D" in miss.reason

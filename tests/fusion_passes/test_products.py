@@ -20,6 +20,7 @@ PRODUCTS = (
     "rowwise_scaled_mm",
     "scaled_int_mm",
     "scaled_linear",
+    "scaled_mm_add",
     "torchao_blockwise_linear",
 )
 DETAILS = ("bias", "16-bit scales")

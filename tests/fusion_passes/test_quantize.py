@@ -314,3 +314,26 @@ def test_a_scheme_is_one_call(scheme, linear):
     again = quantize_(Model(), scheme)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(torch.arange(8)), model(torch.arange(8)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(width=st.integers(0, 400).filter(lambda width: width != 200), lead=st.integers(0, 2))
+def test_an_x_of_another_width_is_named(scheme, width, lead):
+    linear = SCHEMES[scheme](200, 64)
+    x = torch.zeros(*(2,) * lead, width, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=rf"x is \({'2, ' * lead}{width},?\); accepted: \[\.\.\., 200\]"
+    ):
+        linear(x)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_linear_alone_with_dynamic_true(scheme):
+    """x comes straight in, its width a symbol until the linear says what it is."""
+    model = nn.Sequential(SCHEMES[scheme].from_linear(nn.Linear(256, 64).bfloat16()))
+    result = fuse_all(model, random(5, 256), dynamic=True)
+    product = "block_scaled_linear" if scheme == "fp8_block" else "scaled_linear"
+    assert result.report.matches[product] == 1, result.report
+    assert [
+        site for site in result.report.sites if site.sizes.get("num_tokens", "").startswith("s")
+    ]

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import ScalingType
 
 from fusion_passes import registry, settings, tables
+from fusion_passes.operations import describe
 from fusion_passes.testing import fuse
 from tests.fusion_passes.helpers import (
     FP8,
@@ -26,15 +29,42 @@ from tests.fusion_passes.test_scaled_linear import codes, scales
 pytestmark = pytest.mark.usefixtures("references", "fresh_reports")
 NAME = "rowwise_scaled_mm"
 
+
+def by_scaled_mm(q, weight, scale, weight_scale, *, bias=None, out_dtype, use_fast_accum=False):
+    """As torch._scaled_mm with a scale per row, by the public function: aten._scaled_mm_v2 in a graph."""
+    return F.scaled_mm(
+        q,
+        weight,
+        scale,
+        ScalingType.RowWise,
+        weight_scale,
+        ScalingType.RowWise,
+        bias=bias,
+        output_dtype=out_dtype,
+        use_fast_accum=use_fast_accum,
+    )
+
+
+CALLS = {"torch._scaled_mm": torch._scaled_mm, "torch.nn.functional.scaled_mm": by_scaled_mm}
+"""Two ways to write the product; the second since torch 2.10."""
+
+calls_of = pytest.mark.parametrize("call", CALLS)
 eager_takes_rows = pytest.mark.skipif(not takes_rows(), reason=NEEDS_ROWS)
 
 
 class Linear(torch.nn.Module):
     """As torchao's float8 PerRow writes it: tokens flattened, the weight and its scales transposed."""
 
-    def __init__(self, k: int, n: int, biased: bool = False, fast: bool = True) -> None:
+    def __init__(
+        self,
+        k: int,
+        n: int,
+        biased: bool = False,
+        fast: bool = True,
+        call: str = "torch._scaled_mm",
+    ) -> None:
         super().__init__()
-        self.fast = fast
+        self.fast, self.call = fast, call
         self.register_buffer("weight", codes(n, k, dtype=FP8))
         self.register_buffer("scale", scales(n, 1))
         self.register_buffer("bias", random(n) if biased else None)
@@ -45,7 +75,7 @@ class Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, scale = self.quantized(x)
-        out = torch._scaled_mm(
+        out = CALLS[self.call](
             q.reshape(-1, q.shape[-1]),
             self.weight.t(),
             scale.reshape(-1, 1),
@@ -65,9 +95,10 @@ class Linear(torch.nn.Module):
     biased=st.booleans(),
     fast=st.booleans(),
     dynamic=st.booleans(),
+    call=st.sampled_from(sorted(CALLS)),
 )
-def test_products_as_torchao_writes_them(lead, k, n, biased, fast, dynamic) -> None:
-    module, x = Linear(k, n, biased, fast), random(*lead, k)
+def test_products_as_torchao_writes_them(lead, k, n, biased, fast, dynamic, call) -> None:
+    module, x = Linear(k, n, biased, fast, call), random(*lead, k)
     for dim in [dim for dim, size in enumerate(lead) if dynamic and size > 1]:
         torch._dynamo.mark_dynamic(x, dim)
     result = fuse_all(module, x, only=[NAME])
@@ -94,6 +125,9 @@ def others() -> dict[str, Any]:
         "a scale of the result": lambda: torch._scaled_mm(
             q, w.t(), rows, columns.t(), scale_result=one, out_dtype=torch.bfloat16
         ),
+        "one scale for each operand, by the public function": lambda: F.scaled_mm(
+            q, w.t(), one, ScalingType.TensorWise, one, ScalingType.TensorWise
+        ),
     }
 
 
@@ -110,13 +144,13 @@ def test_what_is_no_such_product_stays(name: str) -> None:
 class KeptTransposed(Linear):
     """The weight as [K, N], of which each column lies in one piece."""
 
-    def __init__(self, k: int, n: int, biased: bool = False, fast: bool = True) -> None:
-        super().__init__(k, n, biased, fast)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.register_buffer("columns", self.weight.t())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, scale = self.quantized(x)
-        return torch._scaled_mm(
+        return CALLS[self.call](
             q,
             self.columns,
             scale,
@@ -130,8 +164,9 @@ class KeptTransposed(Linear):
 @eager_takes_rows
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_weight_that_is_kept_transposed_is_reported(biased: bool, fast: bool) -> None:
-    result = fuse_all(KeptTransposed(64, 32, biased, fast), random(5, 64), only=[NAME])
+@calls_of
+def test_a_weight_that_is_kept_transposed_is_reported(biased: bool, fast: bool, call: str) -> None:
+    result = fuse_all(KeptTransposed(64, 32, biased, fast, call), random(5, 64), only=[NAME])
     assert result.report.matches == {}
     (reason,) = misses(result, NAME)
     assert reason.startswith("the weight is kept transposed")
@@ -140,12 +175,13 @@ def test_a_weight_that_is_kept_transposed_is_reported(biased: bool, fast: bool) 
 @eager_takes_rows
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_float16_results_are_reported(biased: bool, fast: bool) -> None:
+@calls_of
+def test_float16_results_are_reported(biased: bool, fast: bool, call: str) -> None:
     layer, bias = Linear(64, 32), random(32, dtype=torch.float16) if biased else None
 
-    def call(x: torch.Tensor) -> torch.Tensor:
+    def product(x: torch.Tensor) -> torch.Tensor:
         q, scale = layer.quantized(x)
-        return torch._scaled_mm(
+        return CALLS[call](
             q,
             layer.weight.t(),
             scale,
@@ -155,7 +191,7 @@ def test_float16_results_are_reported(biased: bool, fast: bool) -> None:
             use_fast_accum=fast,
         )
 
-    result = fuse_all(call, random(5, 64, dtype=torch.float16), only=[NAME])
+    result = fuse_all(product, random(5, 64, dtype=torch.float16), only=[NAME])
     assert result.report.matches == {}
     assert misses(result, NAME) == ["out_dtype is torch.float16; accepted: torch.bfloat16"]
 
@@ -215,3 +251,59 @@ def test_a_graph_for_any_number_of_tokens_is_left_to_torch(table: None) -> None:
     x = random(16, 128)
     torch._dynamo.mark_dynamic(x, 0)
     assert NAME not in fuse(Linear(128, 48), x).report.matches
+
+
+@eager_takes_rows
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fp8_linear_of_transformers(biased: bool) -> None:
+    """CompressedTensorsFP8Linear calls the public function; its weight's scale is [1, out_features]."""
+    integration = pytest.importorskip(
+        "transformers.integrations.compressed_tensors", reason="needs the extra 'models'"
+    )
+    if not hasattr(integration, "CompressedTensorsFP8Linear"):
+        pytest.skip("needs a transformers with CompressedTensorsFP8Linear (5.20 or newer)")
+    linear = integration.CompressedTensorsFP8Linear(64, 48, has_bias=biased)
+    linear = linear.eval().requires_grad_(False)
+    linear.weight.data, linear.weight_scale.data = codes(48, 64, dtype=FP8), scales(1, 48)
+    if biased:
+        linear.bias.data = random(48)
+    result = fuse_all(linear, random(2, 3, 64), only=[NAME])
+    assert result.report.matches == {NAME: 1}
+    assert not [name for name in calls(result.after.graph) if "aten._scaled_mm" in name]
+
+
+ROWS, WHOLE, BLOCKS = [1], [0], [4]
+"""Recipes of aten._scaled_mm_v2: a scale per row, one for all, 1 x 128 blocks."""
+
+
+@pytest.mark.parametrize(
+    ("recipes", "rest", "same"),
+    [
+        ((ROWS, ROWS), (), True),
+        ((WHOLE, WHOLE), (), True),
+        ((ROWS, ROWS), ([], False), True),
+        ((ROWS, ROWS), ([], True), True),
+        ((ROWS, WHOLE), (), False),
+        ((BLOCKS, BLOCKS), (), False),
+        ((ROWS, ROWS), ([1, 0],), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("swizzle", [[], [0], [1]], ids=str)
+def test_which_calls_of_the_later_operator_are_the_earlier(recipes, rest, same, swizzle) -> None:
+    """Without swizzled scales or another contraction; what fast sums are called for stays called for."""
+    graph = torch.fx.Graph()
+    a, b, a_scale, b_scale = (graph.placeholder(name) for name in ("a", "b", "a_scale", "b_scale"))
+    left, right = ([a_scale], recipes[0], swizzle), ([b_scale], recipes[1], swizzle)
+    node = graph.call_function(
+        torch.ops.aten._scaled_mm_v2.default,
+        (a, b, *left, *right, None, torch.bfloat16, *rest),
+    )
+    node.meta["val"] = torch.empty(3, 4, dtype=torch.bfloat16)
+    operation = describe(node)
+    if not same or swizzle == [1]:
+        assert operation.name == "aten._scaled_mm_v2.default"
+        return
+    fast = (True,) if rest == ([], True) else ()
+    assert operation.name == "aten._scaled_mm.default"
+    assert operation.operands == (a, b, a_scale, b_scale, None, None, torch.bfloat16, *fast)

@@ -14,6 +14,14 @@ from tests.fusion_passes.helpers import fuse_all, random
 
 pytestmark = pytest.mark.usefixtures("references")
 
+
+def _deberta_norm(x: torch.Tensor) -> torch.Tensor:
+    """The variance is rounded on its way, and cast back."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.bfloat16().float().pow(2).mean(-1, keepdim=True)
+    return centred / torch.sqrt(variance + 1e-7)
+
+
 UNREAD = {
     "divided by a root": (lambda x, w: x / torch.sqrt(x.pow(2).mean(-1, True) + 1e-6) * w, "square root"),
     "in float32": (
@@ -28,11 +36,19 @@ UNREAD = {
         lambda x, w: (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, True) + 1e-6)).to(x.dtype) * w,
         "float32",
     ),
+    "of what is centred by something else": (
+        lambda x, w: (x - w) / torch.sqrt((x - w).pow(2).mean(-1, True) + 1e-6),
+        "square root",
+    ),
     "clamped": (lambda x, w: x / x.pow(2).mean(-1, True).clamp(min=1e-6).sqrt() * w, "square root"),
 }  # fmt: skip
 NO_NORMS = {
     "a length of one": lambda x, w: x * torch.rsqrt((x * x).sum(-1, True) + 1e-6) * w,
     "layer norm": lambda x, w: F.layer_norm(x, (128,), w),
+    "layer norm, written out": lambda x, w: (
+        (x - x.mean(-1, True)) / torch.sqrt((x - x.mean(-1, True)).pow(2).mean(-1, True) + 1e-6) * w
+    ),
+    "layer norm of DeBERTa": lambda x, w: _deberta_norm(x.float()).to(x.dtype) * w,
     "a deviation": lambda x, w: x / x.float().std(-1, keepdim=True).to(x.dtype) * w,
     "a root of something else": lambda x, w: torch.sqrt(x.abs().mean(-1, True)) * w,
     "a square of a root": lambda x, w: torch.rsqrt(x.abs() + 1) * x.pow(2).mean(-1, True) * w,

@@ -129,6 +129,24 @@ def test_the_setting_bounds_the_range(stand_in: StandIn) -> None:
     assert stand_in.count() == 2
 
 
+@pytest.mark.parametrize(("given", "waited"), [(None, 0.25), (1.5, 1.5)])
+def test_the_setting_says_how_long_it_waits(
+    given: float | None, waited: float, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    compile_all = warming.building.compile_all
+
+    def watched(*args: object, timeout: float, **kwargs: object) -> object:
+        asked.append(timeout)
+        return compile_all(*args, timeout=timeout, **kwargs)
+
+    monkeypatch.setattr(warming.building, "compile_all", watched)
+    run(tokens=4)
+    with settings.patch(warmup_timeout=0.25):
+        warming.warmup(8, timeout=given)
+    assert asked == [waited]
+
+
 def test_a_graph_from_the_cache_of_inductor_is_known(stand_in: StandIn) -> None:
     run(20)
     fusion_passes.reset_reports()

@@ -47,14 +47,40 @@ class Reaching(nn.Module):
         return self.inner[0](x) + F.linear(x, self.inner.gate.weight)
 
 
+class Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.rest = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.out(x))
+
+
+class Looping(nn.Module):
+    """As RWKV, which divides weights of its blocks in place; and linears in a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Quiet() for _ in range(2))
+        self.heads, self.others = (nn.ModuleList([nn.Linear(128, 128)]) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, (block, other) in enumerate(zip(self.blocks[:1], self.others, strict=True)):
+            x = other(block(x)) / (1 + index + block.out.weight.float().abs().amax())
+        return x + sum(head.weight.float().sum() for head in self.heads).to(x.dtype)
+
+
 def test_reads_are_found_where_they_are():
     model = nn.ModuleDict(
-        {"a": Casting(), "b": Multiplying(), "c": Reaching(), "d": nn.Linear(1, 1)}
+        {"a": Casting(), "b": Multiplying(), "c": Reaching(), "d": nn.Linear(1, 1), "e": Looping()}
     )
     assert weights_read(model) == {
         "a.wo": "Casting",
         "b.wi": "Multiplying",
         "c.inner.gate": "Reaching",
+        "e.blocks.0.out": "Looping",
+        "e.blocks.1.out": "Looping",
+        "e.heads.0": "Looping",
     }
 
 

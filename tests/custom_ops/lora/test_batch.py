@@ -85,6 +85,14 @@ def test_kernels_launch_enough_programs(tokens, num_slots, data):
         assert max(needed) < view.bound(tokens, size)
 
 
+@given(st.integers(1, 300), st.integers(1, 40))
+@settings(max_examples=15)
+def test_tiles_begin_on_16_bytes(tokens, num_slots):
+    tiles = LoRABatch(tokens, num_slots, device=DEVICE).tiles
+    assert tiles.data_ptr() % 16 == 0
+    assert tiles[1].data_ptr() % 16 == 0
+
+
 def test_only_what_changed_is_copied():
     batch = LoRABatch(4096, 64, device=DEVICE)
     slots = np.arange(1000) % 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import custom_ops
-from custom_ops.lora import hopper, linear, ways
+from custom_ops.lora import hopper, hopper_batch, linear, ways
 from tests.custom_ops.lora.cases import Batch, Single, adapters, exact_base, normal
 from tests.custom_ops.lora.test_ops import SPLIT, assert_expanded, assert_within
 
@@ -25,13 +26,13 @@ DECODES = (*ways.DECODES, "decode 128x3")
 PREFILLS = ("prefill", "prefill own")
 SINGLE_WAYS = (*DECODES, *PREFILLS, "fused", *ways.WITH_BLAS)
 BATCH_WAYS = (*DECODES, *ways.WITH_BLAS)
-LIBRARY = ways.WITH_BLAS  # the ways whose base the BLAS makes
+LIBRARY = (*ways.WITH_BLAS, ways.TILED)  # the ways whose base the BLAS makes
 
 
 @functools.cache
 def runner(kind: str, way: str):
     """The function that takes a way by its name."""
-    if way in (*DECODES, *PREFILLS):
+    if way in (*DECODES, *PREFILLS, ways.TILED):
         run = hopper.load_single() if kind == "single" else hopper.load_batch()
     else:
         run = linear.lora_linear_single if kind == "single" else linear.lora_linear
@@ -198,9 +199,47 @@ def test_batch_in_the_decode_kernel(way, call):
     assert_batch(way, call)
 
 
+@st.composite
+def tiled_calls(draw) -> Batch:
+    """What shrink and expand take in tiles of 16 tokens, a warp by itself: few tokens and many, of any ranks."""
+    most = draw(st.sampled_from(hopper_batch.RANKS))
+    return mixed(
+        draw(st.integers(10, 2**30)),
+        draw(st.sampled_from((1, 15, 17, 90, 513, 1030))),
+        draw(st.sampled_from((8, 72, 264, 512, 2056, 4096))),
+        draw(st.sampled_from(([8], [520], [64, 200], [1024, 64, 64, 136]))),
+        draw(st.lists(st.integers(0, most), min_size=1, max_size=40)),
+        most,
+        torch.bfloat16,
+        draw(st.booleans()),
+        spare=draw(st.integers(0, 40)) * 2
+        + 1,  # the tiles begin on 16 bytes with an even number of tokens
+    )[0]
+
+
 @on_hopper
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", BATCH_WAYS)
+@given(call=tiled_calls())
+@settings(max_examples=40)
+def test_batch_in_tiles(call):
+    assert_batch(ways.TILED, call)
+
+
+@on_hopper
+def test_tiles_take_no_other_alignment():
+    call, _ = mixed(3, 60, 64, [64], [16], 16, torch.bfloat16, False)
+    slots, order, tiles = call.tensors
+    off = torch.empty(tiles.numel() + 1, dtype=torch.int32, device="cuda")[1:].view(tiles.shape)
+    call.tensors = slots, order, off.copy_(tiles)
+    assert not hopper_batch.takes(call.x, call.b, off)
+    with pytest.raises(ValueError, match=r"tiles must be int32 .* on 16 bytes"):
+        runner("batch", ways.TILED)(*call.linear)
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [*itertools.product(BATCH_WAYS, DTYPES), (ways.TILED, torch.bfloat16)],
+)
 def test_what_an_adapter_holds_reaches_no_other_tokens(way, dtype):
     """Not even what is not finite: in an adapter, and where one was whose rank was larger."""
     call, _ = mixed(7, 60, 256, [256], [16, 16, 3, 16], 64, dtype, False)
@@ -269,10 +308,11 @@ def step_of(out, delta):
 
 
 @on_hopper
-@pytest.mark.parametrize("way", BATCH_WAYS)
+@pytest.mark.parametrize("way", [*BATCH_WAYS, ways.TILED])
 def test_a_captured_graph_serves_other_adapters(way):
     """One capture, then other tokens for other slots, other contents of a slot, and no adapter at all."""
-    call, batch = mixed(5, 60, 256, [256, 128], [8, 16, 3, 0, 16], 16, torch.bfloat16, True)
+    ranks = [8, 16, 3, 0, 16]
+    call, batch = mixed(5, 60, 256, [256, 128], ranks, 16, torch.bfloat16, True)
     run = runner("batch", way)
     run(*call.linear)
     graph = torch.cuda.CUDAGraph()
@@ -290,8 +330,10 @@ def test_a_captured_graph_serves_other_adapters(way):
 
 
 @on_hopper
-@pytest.mark.parametrize("way", BATCH_WAYS)
-@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [*itertools.product(("single", "batch"), BATCH_WAYS), ("batch", ways.TILED)],
+)
 def test_kernels_one_after_the_other(kind, way):
     """Each reads what the one before it wrote, many times in one graph: none may start on it too early."""
     channels = 512

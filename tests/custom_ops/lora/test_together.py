@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import custom_ops
-from custom_ops.lora import hopper, linear
+from custom_ops.lora import hopper, linear, linears
 from fusion_passes.testing.strategies import relayouts
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, fake_mode, implementation
 from tests.custom_ops.lora.cases import normal
@@ -79,7 +79,7 @@ def test_the_parts_of_a_shrink(rounded, splits):
     """What the kernels for Hopper take: sums rounded to 16 bits, without splits."""
     x, _, _, a, *_ = sample()
     tile = linear.launch.ShrinkTile(16, 16, splits, 4, 2)
-    together = linear.shrink_together(x.view(6, 32), a, tile, dtype=rounded)
+    together = linears.shrink_together(x.view(6, 32), a, tile, dtype=rounded)
     for y, matrix in zip(together, a, strict=True):
         alone = linear.launch.shrink(x.view(6, 32), (matrix,), None, tile)
         if rounded:

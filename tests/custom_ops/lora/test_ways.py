@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from custom_ops import library
-from custom_ops.lora import hopper, ways
+from custom_ops.lora import hopper, hopper_batch, ways
 from tests.custom_ops.helpers import fake_mode
 
 ROWS = (
@@ -124,7 +126,33 @@ def test_slices_that_the_decode_kernel_takes(rows, widths, tokens, way):
     a = [torch.empty(2, 16, 64, device="meta") for _ in widths]
     b = [torch.empty(2, width, 16, device="meta") for width in widths]
     weight = torch.empty(sum(widths), 64, device="meta")
-    assert hopper.way_of("batch", tokens, weight, a, b) == way
+    x = torch.empty(tokens, 64, device="meta")
+    assert hopper.way_of("batch", x, weight, a, b) == way
+
+
+@given(st.integers(0, 5000), st.integers(1, 100).map(lambda eights: 8 * eights * 37))
+def test_the_parts_of_the_shrink_in_tiles(tiles, channels):
+    """What the kernel takes, and no part without channels."""
+    each = hopper_batch.split_channels(tiles, channels)
+    assert each % hopper_batch.SHRINK_CHANNELS == 0
+    assert each * (-(-channels // each) - 1) < channels <= each * -(-channels // each)
+    assert -(-channels // each) * tiles <= max(tiles, hopper_batch.SHRINK_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "widths", "taken"),
+    [
+        (torch.bfloat16, 16, (40,), True),
+        (torch.bfloat16, 64, (64, 128, 8), True),
+        (torch.float16, 16, (64,), False),
+        (torch.bfloat16, 8, (64,), False),
+        (torch.bfloat16, 32, (40, 64), False),
+        (torch.bfloat16, 16, (64,) * 5, False),
+    ],
+)
+def test_what_the_kernels_for_tiles_take(dtype, rank, widths, taken):
+    b = [torch.empty(2, width, rank, dtype=dtype) for width in widths]
+    assert hopper_batch.takes(torch.empty(4, 64, dtype=dtype), b, torch.empty(2, 3, 4)) is taken
 
 
 def test_the_name_of_a_way_says_its_tile():

@@ -23,6 +23,7 @@ from tests.custom_ops.moe.problems import ROUTINGS, WEIGHTS, Shape, assert_as_go
 triton = pytest.importorskip("triton", reason="needs triton")
 tl = triton.language
 triton_experts = importlib.import_module("custom_ops.moe.triton_experts")
+triton_operands = importlib.import_module("custom_ops.moe.triton_operands")
 triton_products = importlib.import_module("custom_ops.moe.triton_products")
 
 BLOCKS = (16, 32, 64)
@@ -108,6 +109,40 @@ def test_any_tile_is_as_good_as_the_reference(data, block_size, weights):
     problem = data.draw(small(weights=weights)).problem()
     out = run(problem, block_size, *(data.draw(drawn_tiles(weights)) for _ in range(2)))
     assert_as_good(out, problem)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("intermediate", [8, 24, 136])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_whose_halves_begin_anywhere(weights, intermediate, interleaved):
+    """Codes kept as [E, K, N], where up begins in the middle of N. What a GPU reads by descriptors begins at 16 bytes.
+
+    Elsewhere it ends in an illegal instruction, as this did.
+    """
+    problem = dataclasses.replace(
+        PLAIN,
+        tokens=7,
+        hidden=40,
+        intermediate=intermediate,
+        interleaved=interleaved,
+        weights=weights,
+        transposed=True,
+    ).problem()
+    tile = Tile(128, 128, 4, 2)
+    assert_as_good(run(problem, 16, tile, tile), problem)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs Triton's interpreter, which checks what it is to read"
+)
+@given(st.data(), st.sampled_from(WEIGHTS), st.booleans())
+def test_what_is_read_by_descriptors_begins_at_16_bytes(data, weights, transposed):
+    drawn = data.draw(small(weights=weights, tokens=[1, 7], transposed=transposed))
+    tiles_of = [dataclasses.replace(data.draw(drawn_tiles(weights)), tma=True) for _ in range(2)]
+    problem = drawn.problem()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_operands, "descriptors", lambda x: True)
+        assert_as_good(run(problem, 16, *tiles_of), problem)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -239,7 +239,7 @@ NEAR = {
 @pytest.mark.parametrize("name", NEAR)
 def test_one_step_outside_stays_and_says_why(name: str) -> None:
     fn, words = NEAR[name]
-    result = fuse_all(fn, random(5, 24))
+    result = fuse_all(fn, random(5, 24), only=["lora_linear"])  # the others take what it leaves
     assert "lora_linear" not in result.report.matches
     reasons = misses(result, "lora_linear")
     assert reasons

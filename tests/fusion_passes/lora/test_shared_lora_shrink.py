@@ -26,13 +26,13 @@ WIDTHS = {"q_proj": 128, "k_proj": 256, "v_proj": 40}
 
 
 class Attention(nn.Module):
-    """Three projections of one activation, and one of what they make."""
+    """Three projections of one activation, and one of what they make. plain: in 16 bits, not block-FP8."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         super().__init__()
         for name, rows in (*WIDTHS.items(), ("o_proj", 128)):
-            linear = nn.Linear(128, rows, bias=False, dtype=torch.bfloat16)
-            setattr(self, name, Fp8BlockLinear.from_linear(linear))
+            linear = nn.Linear(128, rows, bias=plain and name == "k_proj", dtype=torch.bfloat16)
+            setattr(self, name, linear if plain else Fp8BlockLinear.from_linear(linear))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         q = self.q_proj(x)
@@ -40,10 +40,10 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([Attention()])
+        self.layers = nn.ModuleList([Attention(plain)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.layers[0](x)
@@ -60,9 +60,9 @@ def adapter(ranks: dict[str, int], seed: int) -> Any:
     return config | {"target_modules": [*ranks]}, tensors
 
 
-def managed(*adapters: dict[str, int]) -> AdapterManager:
+def managed(*adapters: dict[str, int], plain: bool = False) -> AdapterManager:
     manager = AdapterManager(
-        Model().eval().requires_grad_(False),
+        Model(plain).eval().requires_grad_(False),
         max_loaded=8,
         max_resident=2,
         max_rank=40,
@@ -99,15 +99,27 @@ def test_one_shrink_for_q_k_and_v() -> None:
     assert len(shrink.args[1]) == 3
 
 
+def test_one_op_for_plain_q_k_and_v() -> None:
+    manager = managed(dict.fromkeys((*WIDTHS, "o_proj"), 8), plain=True)
+    with manager.step(["0", None], 3):
+        graph, report, _ = rewritten(manager.model, random(2, 3, 128))
+    assert report.matches["shared_lora_shrink"] == 2
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("custom_ops.lora_linears.default") == 1
+    assert targets.count("custom_ops.lora_linear.default") == 1  # o_proj reads something else
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @few(8)
 @given(
     first=st.fixed_dictionaries({}, optional=dict.fromkeys(WIDTHS, st.integers(1, 40))),
     second=st.fixed_dictionaries({}, optional=dict.fromkeys(WIDTHS, st.integers(1, 40))),
 )
-def test_adapters_of_any_ranks(first: dict[str, int], second: dict[str, int]) -> None:
+def test_adapters_of_any_ranks(plain: bool, first: dict[str, int], second: dict[str, int]) -> None:
     """Bit for bit what the linears compute one by one, also over what other adapters left in the slots."""
     stale = dict.fromkeys((*WIDTHS, "o_proj"), 40)
-    manager = managed(stale, stale, first or {"q_proj": 1}, second or {"v_proj": 17})
+    ranks = first or {"q_proj": 1}, second or {"v_proj": 17}
+    manager = managed(stale, stale, *ranks, plain=plain)
     for name in "0123":
         manager.activate(name)
     with manager.step(["2", "3", None], 2):
@@ -119,8 +131,9 @@ def test_adapters_of_any_ranks(first: dict[str, int], second: dict[str, int]) ->
         assert torch.equal(one, other)
 
 
-def test_symbolic_tokens() -> None:
-    manager, x = managed(dict.fromkeys(WIDTHS, 8)), random(2, 3, 128)
+@pytest.mark.parametrize("plain", [False, True])
+def test_symbolic_tokens(plain: bool) -> None:
+    manager, x = managed(dict.fromkeys(WIDTHS, 8), plain=plain), random(2, 3, 128)
     torch._dynamo.mark_dynamic(x, 1)
     with manager.step(["0", None], 3):
         _, report, actual = rewritten(manager.model, x)
