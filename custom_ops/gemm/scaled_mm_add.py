@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from custom_ops import cuda_build, library, platform
+from custom_ops import library, platform
 from custom_ops.gemm.ops import one_element, require_one_of
-from custom_ops.implementation import CUDA_MAX_DIMS, Implementation, cuda_op
+from custom_ops.implementation import CUDA_MAX_DIMS, Implementation, _no_cuda, cuda_op
 from custom_ops.quantization.checks import check_choice, check_device
 from custom_ops.scales import known, to_contiguous
 
@@ -113,7 +113,7 @@ def _unavailable(device: torch.device) -> str | None:
     version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
     if version < (12, 9):
         return f"needs CUDA 12.9, torch was built with {torch.version.cuda}"
-    return cuda_build.why_not()
+    return _no_cuda(device)
 
 
 def _unsupported(

@@ -7,13 +7,15 @@ bfloat16, adapters of 16, 32 or 64 ranks at most, slices of multiples of 64 colu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from custom_ops.lora import ways
-from custom_ops.lora.launch import Tokens
+
+if TYPE_CHECKING:  # it imports Triton
+    from custom_ops.lora.launch import Tokens
 
 MAX_SLICES = 4
 RANKS = (16, 32, 64)
@@ -99,7 +101,7 @@ def load_linears() -> Any:
         taken = [
             hopper.way_of("batch", rows, w, (i,), (j,), tiles) for w, i, j in zip(weights, a, b)
         ]
-        tokens = [Tokens(each, sorted_tokens, tiles) for each in ranks]
+        tokens = [launch.Tokens(each, sorted_tokens, tiles) for each in ranks]
         layers = list(zip(weights, biases, b, scalings, tokens, strict=True))
         with hopper.on_device(x):
             if ways.TILED in taken:

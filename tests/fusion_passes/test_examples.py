@@ -56,6 +56,7 @@ def test_every_scheme_of_a_product_draws_as_many():
     products = {
         name for name, fusion in registry().items() if fusion.stage == 2 and fusion.patterns
     }
+    products.remove("router_logits")  # of operands that nobody has quantized
     assert {name for name, _ in test_products.SCHEMES} == products
     assert drawn(test) == hypothesis.settings().max_examples
 
