@@ -39,7 +39,7 @@ def scaled_mm_add(
     its kernel by the number of tokens: a row may differ in the last bits from one batch to another.
 
     Implementations: CUDA C++ that calls cuBLASLt (Hopper; N and K multiples of 16), reference. Raises ValueError for
-    another dtype, shape or device.
+    another dtype, shape or device. Source: cublasLtMatmul (cuBLAS 13), whose beta adds a matrix to the product.
     """
     return torch.ops.custom_ops.scaled_mm_add(a, a_scale, b, b_scale, residual, fast_sums=fast_sums)
 
