@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copyreg
+import gc
 import multiprocessing
 import os
 import sys
@@ -36,6 +37,8 @@ _large: Any = None
 """In a worker: the semaphore of those cases."""
 _turn: Any = None
 """In a worker: the lock of the GPU."""
+_lent: tuple[torch.Tensor, ...] = ()
+"""Random values on the GPU, which all processes read: see `lend`."""
 
 
 @dataclass
@@ -72,7 +75,7 @@ def run(
         min(count, max(1, len(tasks))),
         mp_context=context,
         initializer=_begin,
-        initargs=(context.Semaphore(LARGE_AT_A_TIME), context.Lock()),
+        initargs=(context.Semaphore(LARGE_AT_A_TIME), context.Lock(), _lent),
     )
     futures = [pool.submit(task) for task in tasks]
     try:
@@ -101,14 +104,28 @@ def run(
     return done
 
 
-def _begin(large: Any, turn: Any) -> None:
+def lend(values: Sequence[torch.Tensor]) -> None:
+    """Give these to every process of later calls of `run`: to draw the inputs of a large case takes longer than it."""
+    global _lent
+    _lent = tuple(values)
+
+
+def lent() -> tuple[torch.Tensor, ...]:
+    """What was lent to this process, or by it."""
+    return _lent
+
+
+def _begin(large: Any, turn: Any, values: tuple[torch.Tensor, ...]) -> None:
     global _large, _turn
     _large, _turn = large, turn
+    lend(values)
     sys.stdout = sys.stderr  # what is printed here is no table
+    import torch._inductor.compile_fx  # noqa: F401
     import torch._inductor.config as inductor
 
     inductor.compile_threads = 1  # there is a process for each core already
     _make_keys_alike()
+    gc.freeze()  # a collection passes over what was imported
 
 
 def _make_keys_alike() -> None:
@@ -150,11 +167,15 @@ def turn() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if _turn is None else _turn
 
 
+def gate(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """To hold while there are results of a case on the GPU: in a worker, few of them at a time if it is large."""
+    return _large if _large is not None and case.moved_bytes > LARGE else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def room(case: Case) -> Iterator[None]:
     """Waits until the inputs of a case surely fit on the GPU, and gives their memory back after it."""
-    gate = _large if _large is not None and case.moved_bytes > LARGE else contextlib.nullcontext()
-    with gate:
+    with gate(case):
         try:
             yield
         finally:

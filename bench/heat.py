@@ -4,7 +4,7 @@ A point is a compilation and two short timings. Stock's graphs are compiled firs
 then each point takes a fraction of a second on an H100. The points come coarse ones first, each op at each width, so
 that a run that is out of time has measured the whole range; then the others, small ones first, for there ours has
 least to gain. A run goes on where an earlier one stopped: `--resume` names its file. With `--timers` several processes
-compile and take turns on the GPU, which then waits for none of them: some ten points a second.
+compile and take turns on the GPU, which then waits for none of them. Inputs are drawn once and shared by all.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
 
 from bench import ahead, results
-from bench.case import Case
+from bench.case import Case, drawn_before
 from bench.results import FOLDER, Row, Run
 from bench.suites import activation, normalization, quantization
 from bench.timer import Call, HostTimer, Timer
@@ -43,6 +43,10 @@ SAVED_EVERY = 5.0
 """Seconds."""
 KEPT_BYTES = 8 << 30
 """Of the GPU's memory between two points: the next one needs up to 20 GiB."""
+KEPT_BYTES_OF_MANY = 1 << 30
+"""The same, by each of several processes."""
+FASTEST = 2.5e6
+"""Bytes in a microsecond, about: how many calls make a graph of a length."""
 
 
 def _ops() -> dict[str, Callable[[int, int], Case]]:
@@ -76,41 +80,112 @@ USUAL = (
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
+class Timed(Protocol):
+    """A call that is ready to be timed, as often as is wanted."""
+
+    def time(self) -> float:
+        """Microseconds of a call."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+class Clock(Protocol):
+    """What a point is timed by: `first` runs a call, `ready` runs nothing."""
+
+    name: str
+
+    def first(self, call: Call) -> None: ...
+
+    def ready(self, call: Call, least_us: float) -> Timed:
+        """least_us: what it surely takes, about."""
+        ...
+
+
 class QuickTimer:
-    """A CUDA graph of about two milliseconds, replayed seven times: the median of a call."""
+    """A CUDA graph of about a millisecond, replayed five times: the median of a call.
 
-    name = "CUDA graph of 2 ms, median of 7 replays, warm L2"
+    Nothing runs while it is captured, so that only its replays need the GPU.
+    """
 
-    def __init__(self, graph_us: float = 2000.0, replays: int = 7) -> None:
+    name = "CUDA graph of 1 ms, median of 5 replays, warm L2"
+
+    def __init__(self, graph_us: float = 1000.0, replays: int = 5) -> None:
         self.graph_us, self.replays = graph_us, replays
 
-    def warm(self, call: Call) -> float:
-        for _ in range(3):
+    def first(self, call: Call) -> None:
+        for _ in range(2):
             call()
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            once = self._replayed(call, 1, stream)
-            count = max(1, min(200, int(self.graph_us / max(once, 1.0))))
-            return self._replayed(call, count, stream)
 
-    def _replayed(self, call: Call, count: int, stream: torch.cuda.Stream) -> float:
-        """Microseconds of a call, of a graph of ``count`` of them."""
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()  # torch.cuda.graph collects garbage first, which takes longer than all of this
-        for _ in range(count):
-            call()
-        graph.capture_end()
-        graph.replay()  # once before it is timed
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.replays + 1)]
-        marks[0].record(stream)
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record(stream)
+    def ready(self, call: Call, least_us: float) -> Timed:
+        count = max(1, min(200, int(self.graph_us / max(least_us, 1.0))))
+        return _Captured(call, count, self.replays)
+
+    def warm(self, call: Call, least_us: float = 1.0) -> float:
+        self.first(call)
+        timed = self.ready(call, least_us)
+        try:
+            return timed.time()
+        finally:
+            timed.close()
+
+
+class _Captured:
+    def __init__(self, call: Call, count: int, replays: int) -> None:
+        self.count, self.replays = count, replays
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            self.graph.capture_begin()  # torch.cuda.graph collects garbage first, which takes longer than all of this
+            try:
+                for _ in range(count):
+                    call()
+            finally:
+                self.graph.capture_end()
+
+    def time(self) -> float:
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()  # once before it is timed
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.replays + 1)]
+            marks[0].record(self.stream)
+            for mark in marks[1:]:
+                self.graph.replay()
+                mark.record(self.stream)
         torch.cuda.synchronize()
         spans = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-        graph.reset()  # its memory goes back now, and not when it is collected
-        return 1e3 * spans[len(spans) // 2] / count
+        return 1e3 * spans[len(spans) // 2] / self.count
+
+    def close(self) -> None:
+        self.graph.reset()  # its memory goes back now, and not when it is collected
+
+
+class WallClock:
+    """Of a CPU."""
+
+    def __init__(self) -> None:
+        self.timer = HostTimer(reps=1)
+        self.name = self.timer.name
+
+    def first(self, call: Call) -> None:
+        call()
+
+    def ready(self, call: Call, least_us: float) -> Timed:
+        return _Repeated(self.timer, call)
+
+
+@dataclasses.dataclass
+class _Repeated:
+    timer: HostTimer
+    call: Call
+
+    def time(self) -> float:
+        return self.timer.warm(self.call)
+
+    def close(self) -> None:
+        pass
 
 
 def points(
@@ -127,7 +202,12 @@ def points(
 def compile_point(name: str, tokens: int, width: int, device: str) -> None:
     """Stock's graph of a point, into Inductor's cache on the disk; nothing is timed."""
     case = OPS[name](tokens, width)
-    with torch.no_grad(), ahead.room(case), ahead.unlaunched():
+    with (
+        torch.no_grad(),
+        ahead.room(case),
+        ahead.unlaunched(),
+        drawn_before(ahead.lent()),
+    ):
         _stock(case)(*case.inputs(torch.device(device)))
 
 
@@ -139,16 +219,20 @@ def _stock(case: Case) -> Callable[..., Any]:
 def time_point(name: str, tokens: int, width: int, device: str) -> Row:
     """A row, by one of several processes that take turns on the GPU."""
     where = torch.device(device)
-    with ahead.room(OPS[name](tokens, width)):
-        return measure(name, tokens, width, where, _clock(where))
+    row = measure(name, tokens, width, where, _clock(where))
+    _give_back(where, KEPT_BYTES_OF_MANY)
+    return row
 
 
-def _clock(device: torch.device) -> Any:
-    return QuickTimer() if device.type == "cuda" else HostTimer(reps=1)
+def _clock(device: torch.device) -> Clock:
+    return QuickTimer() if device.type == "cuda" else WallClock()
 
 
-def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any) -> Row:
-    """One row, `<op>` by the number of tokens and the width; a side that raises is an error and not timed."""
+def measure(name: str, tokens: int, width: int, device: torch.device, clock: Clock) -> Row:
+    """One row, `<op>` by the number of tokens and the width; a side that raises is an error and not timed.
+
+    Others may use the GPU while this compiles and captures, and not while it launches.
+    """
     from custom_ops import library
 
     case = OPS[name](tokens, width)
@@ -156,7 +240,7 @@ def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any
     row.fusion = case.fusion
     torch.compiler.reset()
     with torch.no_grad():
-        with ahead.turn():
+        with ahead.turn(), drawn_before(ahead.lent()):
             inputs = case.inputs(device)
         assert case.op is not None
         assert case.op_args is not None
@@ -167,35 +251,58 @@ def measure(name: str, tokens: int, width: int, device: torch.device, clock: Any
             "ours": lambda: op(*args, **kwargs),
             "inductor": lambda: compiled(*inputs),
         }
-        times: dict[str, list[float]] = {side: [] for side in sides}
         with (
             contextlib.suppress(Exception),
             ahead.unlaunched(),
         ):  # it says so again when it is timed
             compiled(*inputs)
-
-        def both() -> None:
-            for side, call in sides.items():
-                try:
-                    times[side].append(clock.warm(call))
-                except Exception as error:  # one side must not cost the other its device time
-                    row.errors[side] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
-
-        with ahead.turn():
-            both()
-            if not row.errors and times["inductor"][0] < AHEAD * times["ours"][0]:
-                for _ in range(AGAIN):
-                    both()
-        row.warm_us = {side: statistics.median(found) for side, found in times.items() if found}
+        _give_back(device, KEPT_BYTES_OF_MANY)
+        with ahead.gate(case):
+            _time(row, sides, clock)
         chosen = op.choose(*args, **kwargs).implementation
         row.chosen = chosen.name if chosen else ""
     return row
 
 
-def _give_back(device: torch.device) -> None:
+def _time(row: Row, sides: Mapping[str, Call], clock: Clock) -> None:
+    """Into the row: as many calls of each side in a graph, so that what a replay costs is the same for both."""
+    least_us = row.moved_bytes / FASTEST
+    timed: dict[str, Timed] = {}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+
+    @contextlib.contextmanager
+    def noted(side: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # one side must not cost the other its device time
+            row.errors[side] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+
+    def both() -> None:
+        for side, ready in timed.items():
+            with noted(side):
+                times[side].append(ready.time())
+
+    with ahead.turn():  # stock picks one of several tiles by their times here
+        for side, call in sides.items():
+            with noted(side):
+                clock.first(call)
+    for side, call in sides.items():
+        if side not in row.errors:
+            with noted(side):
+                timed[side] = clock.ready(call, least_us)
+    with ahead.turn():
+        both()
+        if not row.errors and times["inductor"][0] < AHEAD * times["ours"][0]:
+            for _ in range(AGAIN):
+                both()
+    for ready in timed.values():
+        ready.close()
+    row.warm_us = {side: statistics.median(found) for side, found in times.items() if found}
+
+
+def _give_back(device: torch.device, kept: int) -> None:
     """The memory of a point: a capture cannot free what the allocator keeps, so it must not run into the limit."""
-    if device.type == "cuda" and torch.cuda.memory_reserved(device) > KEPT_BYTES:
-        torch.compiler.reset()
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > kept:
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -237,6 +344,9 @@ def heat(
     ] = 2.5,
     processes: Annotated[int, typer.Option(help="how many compile; 0: one less than cores")] = 0,
     timers: Annotated[int, typer.Option(help="how many take turns to measure")] = 1,
+    lend: Annotated[
+        bool, typer.Option(help="draw inputs on a GPU once; processes open its memory, if they may")
+    ] = True,
     resume: Annotated[
         list[Path] | None, typer.Option(help="a file of an earlier run, whose points are left out")
     ] = None,
@@ -259,6 +369,8 @@ def heat(
     earlier = [results.load(path) for path in resume or ()]
     every = list(points(names, width or WIDTHS, tokens or TOKENS))
     left = [point for point in every if point not in measured(earlier)]
+    if lend and where.type == "cuda":
+        ahead.lend(_random(where, left))
     if ahead_minutes > 0:
         print(_compiled_ahead(left, where, processes, 60 * ahead_minutes), file=sys.stderr)
     clock = _clock(where)
@@ -278,7 +390,7 @@ def heat(
         session.rows.append(row)
         print(_line(row), file=sys.stderr, flush=True)
         if time.monotonic() - saved > SAVED_EVERY:  # a run that is cut off keeps what it has
-            merged([*earlier, session]).save(out)
+            session.save(out)
             saved = time.monotonic()
 
     if timers > 1:
@@ -292,7 +404,8 @@ def heat(
             if time.monotonic() - begun > 60 * minutes:
                 break
             row = measure(*point, where, clock)
-            _give_back(where)
+            torch.compiler.reset()
+            _give_back(where, KEPT_BYTES)
             got(row)
     whole = merged([*earlier, session])
     path = whole.save(out)
@@ -363,6 +476,15 @@ def _compiled_ahead(
         if built is not None:
             built.result()
     return done
+
+
+def _random(
+    device: torch.device, points: Sequence[tuple[str, int, int]]
+) -> tuple[torch.Tensor, ...]:
+    """What the inputs of all points are the beginnings of: a gate and its up, a residual, a weight."""
+    most = max((count * width for _, count, width in points), default=1)
+    sizes = (2 * most, most, max(WIDTHS))
+    return tuple(torch.empty(n, dtype=torch.bfloat16, device=device).normal_() for n in sizes)
 
 
 def _copy_bandwidth(device: torch.device) -> float:

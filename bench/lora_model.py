@@ -207,6 +207,7 @@ def main(
             for count in tokens
         ]
         console.print(str(ahead.run(tasks, seconds=ahead_seconds)), markup=False)
+    ahead._make_keys_alike()
     begun = time.monotonic()
     models = Models(device, layers, adapters, rank, tiny)
     session = results.describe("lora_model", device, timer.name, 0.0)
@@ -218,7 +219,10 @@ def main(
             if time.monotonic() - begun > seconds:
                 break
             measure(models, name, row, timer)
-            path = session.save(out)
+            path = session.save(out)  # after each way: a run that is cut off keeps what it has
+            tokens_of_row, us = row.sizes["tokens"], row.warm_us.get(name, float("nan"))
+            spent = time.monotonic() - begun
+            console.print(f"{spent:.0f} s: {name}, {tokens_of_row} tokens: {us:.1f} us")
     table = Table("tokens", *(f"{name}, us a layer" for name in WAYS), "adapters / base")
     for row in session.rows:
         times = [row.warm_us.get(name) for name in WAYS]

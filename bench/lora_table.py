@@ -12,6 +12,7 @@ from bench import results
 from bench.results import FOLDER, ROOT, Row, Run
 
 TABLE = ROOT / "custom_ops" / "tables" / "lora_sm_90.json"
+NEAR = 0.05  # what the state of a GPU turns from one run to the next
 KINDS = {
     "lora_linear_single": "single",
     "lora_linear_single_float32": "single float32",
@@ -27,27 +28,44 @@ def has_ways(row: Row) -> bool:
     return row.case in KINDS and any(name.startswith("way ") for name in row.warm_us)
 
 
+def ways_of(row: Row) -> dict[str, float]:
+    """The microseconds of each way."""
+    return {
+        name.removeprefix("way "): us for name, us in row.warm_us.items() if name.startswith("way ")
+    }
+
+
+def overturns(row: Row, before: Row) -> bool:
+    """Whether a later row of a size takes the place of one before it: not if it only turns what is near each other."""
+    now, then = ways_of(row), ways_of(before)
+    first = min(then, key=then.__getitem__)
+    if not now.keys() <= then.keys() or first not in now:
+        return True
+    best = min(now.values())
+    return now[first] == best or now[first] > best * (1 + NEAR)
+
+
 def distil(pairs: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
     """A row for each kind and size, with the microseconds of each way; the row of ways that is measured last decides.
 
-    Batches of one size differ in their adapters, which a call does not know: the slowest of them counts for each way.
+    Unless it has the same ways in another order, and the fastest of before within `NEAR`: then that one stays. Batches
+    of one size differ in their adapters, which a call does not know: the slowest of them counts for each way.
     """
     measured = [(run, row) for run, row in pairs if has_ways(row)]
     if not measured:
         raise ValueError("results: there is no row of the lora suite")
     # one size may have been measured under two names of a case
-    newest = {
-        (KINDS[row.case], *sorted(row.sizes.items())): row
-        for _, row in sorted(measured, key=lambda pair: pair[0].date)
-    }
+    newest: dict[tuple[Any, ...], Row] = {}
+    for _, row in sorted(measured, key=lambda pair: pair[0].date):
+        size = KINDS[row.case], *sorted(row.sizes.items())
+        if size not in newest or overturns(row, newest[size]):
+            newest[size] = row
     times: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in newest.values():
         n, k, rank, m = (row.sizes[name] for name in ("n", "k", "rank", "tokens"))
         us = times.setdefault((KINDS[row.case], n, k, rank, m), {})
-        for name, time in row.warm_us.items():
-            if name.startswith("way "):
-                way = name.removeprefix("way ")
-                us[way] = max(us.get(way, 0.0), round(time, 2))
+        for way, time in ways_of(row).items():
+            us[way] = max(us.get(way, 0.0), round(time, 2))
     latest = max((run for run, _ in measured), key=lambda run: run.date)
     rows = [
         dict(zip(("kind", "n", "k", "rank", "m"), key)) | {"us": us}

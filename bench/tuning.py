@@ -29,7 +29,6 @@ from fusion_passes.tables import NOISE
 TABLES = ROOT / "fusion_passes" / "tables"
 PRODUCTS = ROOT / "custom_ops" / "tables"
 UNPROVEN = {
-    "fused_moe_and_shared": "ahead; its crash is mended, but no GPU has finished all of its draws since (docs/moe.md)",
     "silu_mul": "as fast as stock for many tokens (1.00), and in the way of what stock fuses with it",
     "gelu_tanh_mul": "as fast as stock for many tokens (1.00), and in the way of what stock fuses with it",
 }

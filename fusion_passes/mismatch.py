@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,12 @@ def digits(mapping: IndexMap) -> str:
 
 
 def short(name: str) -> str:
-    return name.removeprefix("aten.").removeprefix("prims.").split(".")[0]
+    """An operation's own name: "mul" of "aten.mul.Tensor", "getitem" of "<built-in function getitem>"."""
+    if function := re.match(r"<(?:built-in )?function (\w+)", name):
+        return function[1]
+    for namespace in ("aten.", "prims.", "custom_ops."):
+        name = name.removeprefix(namespace)
+    return name.split(".")[0]
 
 
 def named(value: Any) -> str:

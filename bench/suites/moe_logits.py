@@ -1,4 +1,4 @@
-"""The float32 logits of routers from 16-bit operands, of DeepSeek-V3, DeepSeek-V2 and GLM-4.5-Air."""
+"""The float32 logits of routers from 16-bit operands: DeepSeek-V3, GLM-4.5 and its Air, Kimi-K2, and a small one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from bench.case import Case, Inputs, Thunk, activation, close
 from fusion_passes.passes.router_logits import FUSION
 
-TOKENS = (1, 16, 64, 256, 1024, 4096)
-ROUTERS = ((256, 7168), (160, 5120), (128, 4096))
+TOKENS = (1, 2, 4, 16, 64, 256, 512, 1024, 4096, 8192)
+ROUTERS = ((256, 7168), (160, 5120), (128, 4096), (384, 7168), (64, 2048), (16, 4096))
 
 
 def wide(x: Tensor, weight: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def agree_once(op: str, group: str, device: torch.device, about: Mapping[str, An
     key = (op, group, groups.number(op, group), device, *about.values())
     if key in _agreed:
         return
-    groups.refuse_capture(op)
+    if device.type == "cuda":
+        groups.refuse_capture(op)
     agree(op, group, device, about)
     _agreed.add(key)

@@ -58,7 +58,7 @@ def fused_moe_lora(
     and the sum over the pairs of a token as in `fused_moe`; a bias is added to what is rounded, as there. A pair whose
     expert is not in [0, E) adds nothing. Order and precision of the sums within a product are the implementation's.
     Nothing waits for the device, except in the reference. Implementations: Triton, reference. Raises ValueError for
-    another dtype, shape, stride or device.
+    another dtype, shape, stride or device. Source: arXiv:2106.09685, arXiv:2101.03961.
     """
     return torch.ops.custom_ops.fused_moe_lora(
         *(hidden_states, gate_up, down, topk_weights, topk_ids),

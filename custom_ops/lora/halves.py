@@ -29,7 +29,7 @@ def lora_shrink_single(x: Tensor, a: Sequence[Tensor]) -> Tensor:
     sum is rounded to it, of a float32 one everything is float32.
 
     Order of the sums is the implementation's. Implementations: Triton, reference. Raises ValueError for another dtype,
-    shape or device.
+    shape or device. Source: arXiv:2106.09685.
     """
     return torch.ops.custom_ops.lora_shrink_single(x, a)
 
@@ -78,6 +78,7 @@ def lora_expand_single(y: Tensor, base: Tensor, b: Tensor, scaling: float) -> Te
 
     Order of the sum is the implementation's; Triton's products of a float32 adapter have 22 bits or more of each
     factor. Implementations: Triton, reference. Raises ValueError for another dtype, shape or device.
+    Source: arXiv:2106.09685.
     """
     return torch.ops.custom_ops.lora_expand_single(y, base, b, scaling)
 

@@ -50,7 +50,7 @@ def lora_shrink(
     Returns float32 [slices, T, R], contiguous: 0 for tokens without an adapter and from the rank on.
 
     Order of the sums is the implementation's, and Triton's depends on T. Implementations: Triton, reference. Raises
-    ValueError for another dtype, shape, stride or device.
+    ValueError for another dtype, shape, stride or device. Source: arXiv:2106.09685, arXiv:2310.18547.
     """
     return torch.ops.custom_ops.lora_shrink(x, a, ranks, token_slots, sorted_tokens, tiles)
 
@@ -112,7 +112,7 @@ def lora_expand(
         out = T(float32(base) + (sum_r y * b) * scaling)
 
     Order of the sum is the implementation's; Triton reads y to 16 bits. Implementations: Triton, reference. Raises
-    ValueError for another dtype, shape, stride or device.
+    ValueError for another dtype, shape, stride or device. Source: arXiv:2106.09685, arXiv:2310.18547.
     """
     return torch.ops.custom_ops.lora_expand(
         y, b, base, scaling, ranks, token_slots, sorted_tokens, tiles
@@ -190,6 +190,7 @@ def lora_add(
 
     Faster than the two, since the partial sums of the shrink are added up by the expand. x and base: of one dtype, with
     the same leading dimensions. Arguments, rounding, errors: as those of the two. Returns a new tensor as base.
+    Source: arXiv:2106.09685, arXiv:2310.18547.
     """
     return torch.ops.custom_ops.lora_add(
         x, base, a, b, scaling, ranks, token_slots, sorted_tokens, tiles
@@ -273,7 +274,7 @@ def lora_linear(
     The low-rank product is not rounded on its way, unlike in an eager PEFT layer of 16 bits, which brings the result
     closer to float64. Implementations: CUDA C++ (Hopper; for few tokens one kernel after the shrink, else the BLAS and
     then the adapters), Triton (the BLAS, and the adapters beside it), reference; custom_ops/tables/lora_sm_90.json says
-    which is faster where.
+    which is faster where. Source: arXiv:2106.09685, arXiv:2310.18547.
     """
     return torch.ops.custom_ops.lora_linear(
         x, weight, bias, a, b, scaling, ranks, token_slots, sorted_tokens, tiles
@@ -352,7 +353,7 @@ def lora_linear_single(
 
     Order of the sums is the implementation's; Triton's products of a float32 adapter have 22 bits or more of each
     factor. Implementations: CUDA C++ (Hopper, where custom_ops/tables/lora_sm_90.json says so), Triton, reference.
-    Raises ValueError for another dtype, shape or device.
+    Raises ValueError for another dtype, shape or device. Source: arXiv:2106.09685.
     """
     return torch.ops.custom_ops.lora_linear_single(x, weight, bias, a, b, scaling)
 
@@ -387,7 +388,7 @@ def lora_add_single(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: floa
     """`lora_linear_single` for any base, such as that of an FP8 linear.
 
     base: of x's dtype, [..., N] with x's leading dimensions. The other arguments, rounding, errors: as there. Returns a
-    new tensor, contiguous.
+    new tensor, contiguous. Source: arXiv:2106.09685.
     """
     return torch.ops.custom_ops.lora_add_single(x, base, a, b, scaling)
 

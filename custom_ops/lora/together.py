@@ -41,7 +41,7 @@ def lora_linears_single(
     layer], contiguous, with the roundings of that op. Sums are in the order in which it has them for the same sizes,
     where the same implementation runs. Implementations: CUDA C++ (Hopper, where the table has it for every layer: those
     of few tokens each with a shrink of its own), Triton, reference. Raises ValueError for another dtype, shape or
-    device, or lists of different lengths.
+    device, or lists of different lengths. Source: arXiv:2106.09685.
     """
     return torch.ops.custom_ops.lora_linears_single(x, weights, biases, a, b, scalings)
 
@@ -122,7 +122,7 @@ def lora_linears(
     one; what is in them is as `lora_linear` takes it, and all of a have one R. The batch is one for all. Returns a list
     of [..., N of the layer], contiguous, with the roundings of that op. Implementations: CUDA C++ (Hopper,
     where the table has it for every layer), Triton, reference. Raises ValueError for another dtype, shape, stride or
-    device, or lists of different lengths.
+    device, or lists of different lengths. Source: arXiv:2106.09685, arXiv:2310.18547.
     """
     return torch.ops.custom_ops.lora_linears(
         x, weights, biases, a, b, scalings, ranks, token_slots, sorted_tokens, tiles

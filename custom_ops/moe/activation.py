@@ -11,7 +11,7 @@ from torch import Tensor
 from custom_ops.activation import reference
 from custom_ops.quantization.checks import check_bound, check_choice
 
-NAMES = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu", "relu2")
+NAMES = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu", "clamped_silu_mul", "relu2")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,11 @@ class Activation:
     """What an expert does between its two products, on a tensor of dtype T: bfloat16 or float16.
 
     name: "silu_mul", "gelu_tanh_mul" and "clamped_swiglu" take [..., 2 * I] and return [..., I], with the roundings of
-    the ops of those names; "relu2" takes and returns [..., I]: T(max(x, 0) ** 2). interleaved: gate and up are the even
-    and the odd channels, as in gpt-oss, and not the first and the second half. alpha, limit: of clamped_swiglu alone.
+    the ops of those names. So does "clamped_silu_mul", which is silu_mul of gate.clamp(max=limit) and
+    up.clamp(-limit, limit), as in DeepSeek-V4 and GLM-5-Next. "relu2" takes and returns [..., I]: T(max(x, 0) ** 2).
+
+    interleaved: gate and up are the even and the odd channels, as in gpt-oss, and not the first and the second half.
+    alpha: of clamped_swiglu alone. limit: of the two that clamp; it is rounded to T, and a NaN stays one.
     """
 
     name: str = "silu_mul"
@@ -51,6 +54,8 @@ class Activation:
         gate, up = self.halves(x)
         if self.name == "clamped_swiglu":
             return reference.clamped_swiglu(gate, up, self.alpha, self.limit)
+        if self.name == "clamped_silu_mul":
+            return reference.silu_mul(*self._clamped(gate, up))
         return {"silu_mul": reference.silu_mul, "gelu_tanh_mul": reference.gelu_tanh_mul}[
             self.name
         ](gate, up)
@@ -63,7 +68,12 @@ class Activation:
         gate, up = self.halves(x)
         if self.name == "clamped_swiglu":
             return ops.clamped_swiglu(gate, up, self.alpha, self.limit)
+        if self.name == "clamped_silu_mul":
+            return ops.silu_mul(*self._clamped(gate, up))
         return (ops.silu_mul if self.name == "silu_mul" else ops.gelu_tanh_mul)(gate, up)
+
+    def _clamped(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
 
 
 def check(op: str, name: str, interleaved: bool, alpha: float, limit: float) -> None:

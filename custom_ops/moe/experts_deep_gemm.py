@@ -30,6 +30,12 @@ ALIGN = 128  # get_mk_alignment_for_contiguous_layout() of 0.1.4, checked when i
 _WIDTH_BYTES = 16  # TMA
 _MAX_BATCH_BYTES = 1 << 30
 
+_QUANTIZING = (
+    "silu_mul",
+    "gelu_tanh_mul",
+    "clamped_swiglu",
+)  # activations with an op that quantizes
+
 # What has run in this process: nothing is left to compile.
 compiled: set[tuple[object, ...]] = set()
 
@@ -69,17 +75,13 @@ def quantized_activation(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of the activation, with scales as DeepGEMM reads them in place."""
     ops, activation = torch.ops.custom_ops, problem.activation
     how: dict[str, Any] = {"scale_layout": "column_major_tma", **problem.quantization}
-    if not activation.gated:
+    if activation.name not in _QUANTIZING:
         return ops.group_quant(activation(x), BLOCK, **how)
     gate, up = activation.halves(x)
     if activation.name == "clamped_swiglu":
         constants = (activation.alpha, activation.limit)
         return ops.clamped_swiglu_group_quant(gate, up, *constants, BLOCK, **how)
-    quantizing = {
-        "silu_mul": ops.silu_mul_group_quant,
-        "gelu_tanh_mul": ops.gelu_tanh_mul_group_quant,
-    }
-    return quantizing[activation.name](gate, up, BLOCK, **how)
+    return getattr(ops, f"{activation.name}_group_quant")(gate, up, BLOCK, **how)
 
 
 def _grouped(

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from custom_ops.moe.activation import Activation
-from custom_ops.moe.gluon_kernels import BLOCK_M, HALF, ROWS, grouped
+from custom_ops.moe.gluon_kernels import BLOCK_M, HALF, MOST_STAGES, ROWS, grouped
 from custom_ops.moe.tiles import Aligned
 from custom_ops.moe.triton_operands import GROUP, strides
 from custom_ops.platform import cuda_capability, on_device
@@ -94,7 +94,7 @@ def gate_up(
         _launch(
             rows, rows.stride(0), x_scale, weight, w_scale, out.view(torch.uint8) if quantize else out, scale,
             aligned, x.shape[0] * top_k, top_k, triton.cdiv(width, HALF.value), HALF.value, width, width, min_amax,
-            T=dtype, GATE=activation.name, QUANTIZE=quantize, STAGES=stages, BAND=band,
+            T=dtype, GATE=activation.name, QUANTIZE=quantize, stages=stages, BAND=band,
         )  # fmt: skip
     return out if scale is None else (out, scale)
 
@@ -122,7 +122,7 @@ def down(
         _launch(
             tiles, 0, act_scale, weight, w_scale, out, None,
             aligned, num_pairs, 1, triton.cdiv(hidden, 2 * HALF.value), 2 * HALF.value, HALF.value, hidden, 0.0,
-            T=dtype, GATE="none", QUANTIZE=False, STAGES=stages, BAND=band,
+            T=dtype, GATE="none", QUANTIZE=False, stages=stages, BAND=band,
         )  # fmt: skip
     return out
 
@@ -145,9 +145,13 @@ def _launch(
     min_amax: float,
     *,
     T: torch.dtype,
+    stages: int,
     **constants: Any,
 ) -> None:
-    """columns: from a tile to the next. second: from the first columns of a tile to its others."""
+    """columns: from a tile to the next. second: from the first columns of a tile to its others.
+
+    stages: of which it takes as many as there is shared memory for.
+    """
     experts, outputs, channels = weight.shape
     block_k = 128 // weight.element_size()
     flat = weight.as_strided((experts * outputs, channels), (weight.stride(1), 1))
@@ -158,11 +162,12 @@ def _launch(
     with on_device(out), _named():
         grouped[grid](
             a, a_row, a_scale, w, w_scale, out, out_scale,
-            aligned.sorted_ids, aligned.block_experts, aligned.num_padded,
+            aligned.sorted_ids, aligned.block_experts, aligned.num_padded, aligned.num_padded.new_zeros(1),
             pairs, top_k, column_tiles, columns, second, outputs, width, channels,
             *strides(a_scale, 2), *strides(w_scale, 3), min_amax,
             T={torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[T],
             CODE_MAX=code_max(torch.float8_e4m3fn), BLOCK_K=block_k, SCALED=w_scale is not None,
+            STAGES=min(stages, MOST_STAGES.value),
             num_warps=WARPS, **constants,
         )  # fmt: skip
 

@@ -1,8 +1,13 @@
 """Device side of `gluon_experts`: a persistent kernel whose warps have roles.
 
-One warp loads weights, four gather rows, and twice four multiply 64 rows each: while one of these adds up, the other
-keeps the matrix units busy, and loads run ahead while both write out. Stages go around in shared memory; a barrier
-says that one is full, another that both have read it.
+Four warps load weights and rows, twice four multiply 64 rows each, and four finish: they take the sums of a tile,
+activate, quantize and write out. While one group of the multiplying warps adds up, the other keeps the matrix units
+busy, and both are at the next tile while the last one is finished. Stages go around in shared memory; a barrier says
+that one is full, another that both groups have read it. Sums lie there too, once for each group.
+
+Tiles go to whoever is free, as half blocks take half the time of whole ones: the loading warps count them in device
+memory, and tell the others which one is next. They know it a tile ahead, so that its indices are there when they turn
+to it.
 """
 
 from __future__ import annotations
@@ -23,33 +28,85 @@ from custom_ops.moe.triton_products import activate
 BLOCK_M = gl.constexpr(128)
 ROWS = gl.constexpr(64)  # of a warp group
 HALF = gl.constexpr(128)  # columns of one of the two sums of a tile
+SLOTS = gl.constexpr(4)  # tiles that were told and are not all taken
+# Sums take 64 KiB of the 227 that a program may have, and a stage 48.
+MOST_STAGES = gl.constexpr(3)
+# Triton 3.6 calls it thread_barrier, 3.7 barrier.
+_threads_wait = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
 def _place(tile, blocks, column_tiles, BAND: gl.constexpr):
-    """The block of pairs and the tile of columns of a tile: BAND blocks run together through all columns."""
+    """The block of pairs and the tile of columns of a tile: BAND blocks run together through all columns.
+
+    Past the last tile, that of the last one; without any, 0 and 0.
+    """
+    tile = gl.maximum(gl.minimum(tile, blocks * column_tiles - 1), 0)
     band = tile // (BAND * column_tiles)
     in_band = tile % (BAND * column_tiles)
-    height = gl.minimum(blocks - band * BAND, BAND)
+    height = gl.maximum(gl.minimum(blocks - band * BAND, BAND), 1)
     return band * BAND + in_band % height, in_band // height
 
 
 @gluon.jit
+def _tell(tile, slots, told, taken, count):
+    """Of the loading warps: the tile that is the count-th of this program after its first."""
+    slot = count % SLOTS
+    mbarrier.wait(taken.index(slot), (count // SLOTS & 1) ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slots.index(slot).store(gl.full([1], tile, gl.int32, layout=layout))
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def _told(slots, told, taken, count):
+    """Of each other group of warps: what `_tell` said."""
+    slot = count % SLOTS
+    mbarrier.wait(told.index(slot), count // SLOTS & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tile = gl.max(slots.index(slot).load(layout), axis=0)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
 def _load(
-    a, w, experts_ptr, padded_ptr, a_0, a_1, w_0, w_1, full, empty, column_tiles, columns, second, rows, K,
+    a, a_row, w, ids_ptr, experts_ptr, padded_ptr, counter_ptr, slots, told, taken,
+    a_0, a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, rows, K,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """What the loading warp does: two tiles of the weight to each stage and, unless they are gathered, the rows."""
+    """What the loading warps do: two tiles of the weight to each stage, and the rows, gathered or not."""
     ITEM: gl.constexpr = w.dtype.primitive_bitwidth // 8
+    VECTOR: gl.constexpr = 16 // ITEM
     W_BYTES: gl.constexpr = 2 * HALF * BLOCK_K * ITEM
     BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * ITEM
+    layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [4, 1], [1, 0])
+    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    k = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)), 0)
     blocks = gl.load(padded_ptr) // BLOCK_M
+    tiles = blocks * column_tiles
     step = 0
-    for tile in range(gl.program_id(0), blocks * column_tiles, gl.num_programs(0)):
-        block, column_tile = _place(tile, blocks, column_tiles, BAND)
-        row_0 = gl.load(experts_ptr + block) * rows + column_tile * columns
+    tile = gl.program_id(0)
+    after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    _tell(after, slots, told, taken, 0)
+    count = 1
+    block, column_tile = _place(tile, blocks, column_tiles, BAND)
+    expert = gl.load(experts_ptr + block)
+    pair_0 = gl.load(ids_ptr + block * BLOCK_M + lane)
+    pair_1 = gl.load(ids_ptr + block * BLOCK_M + ROWS + lane)
+    while tile < tiles:
+        row_0 = expert * rows + column_tile * columns
         row_1 = row_0 + second
         start = block * BLOCK_M
+        if GATHER:  # padding is not read: its rows are zero
+            here_0 = gl.expand_dims(pair_0 < pairs, 1)
+            here_1 = gl.expand_dims(pair_1 < pairs, 1)
+            ptrs_0 = a + gl.expand_dims((pair_0 // top_k).to(gl.int64) * a_row, 1) + k
+            ptrs_1 = a + gl.expand_dims((pair_1 // top_k).to(gl.int64) * a_row, 1) + k
+        block, column_tile = _place(after, blocks, column_tiles, BAND)
+        expert = gl.load(experts_ptr + block)
+        pair_0 = gl.load(ids_ptr + block * BLOCK_M + lane)
+        pair_1 = gl.load(ids_ptr + block * BLOCK_M + ROWS + lane)
         for at in range(0, K, BLOCK_K):
             stage = step % STAGES
             bar = full.index(stage)
@@ -57,66 +114,29 @@ def _load(
             mbarrier.expect(bar, BYTES)
             tma.async_copy_global_to_shared(w, [row_0, at], bar, w_0.index(stage))
             tma.async_copy_global_to_shared(w, [row_1, at], bar, w_1.index(stage))
-            if not GATHER:
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a_0.index(stage), ptrs_0, mask=here_0)
+                async_copy.async_copy_global_to_shared(a_1.index(stage), ptrs_1, mask=here_1)
+                # The copies report themselves: nobody waits for them here.
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+                ptrs_0 += BLOCK_K
+                ptrs_1 += BLOCK_K
+            else:
                 tma.async_copy_global_to_shared(a, [start, at], bar, a_0.index(stage))
                 tma.async_copy_global_to_shared(a, [start + ROWS, at], bar, a_1.index(stage))
             step += 1
-
-
-@gluon.jit
-def _gather(
-    a, a_row, ids_ptr, padded_ptr, a_0, a_1, full, empty, pairs, top_k, column_tiles, K,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, VECTOR: gl.constexpr,
-):  # fmt: skip
-    """What the gathering warps do: the rows of the tokens of pairs to each stage, reported LATER steps later.
-
-    The copies of a step have the time of the next ones to arrive before they are fenced for the matrix units. With
-    fewer than STAGES steps under way, the step that is waited for, STAGES earlier, has been reported.
-    """
-    LATER: gl.constexpr = 2 if STAGES > 2 else 1
-    layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [4, 1], [1, 0])
-    blocks = gl.load(padded_ptr) // BLOCK_M
-    step = 0
-    for tile in range(gl.program_id(0), blocks * column_tiles, gl.num_programs(0)):
-        block, _ = _place(tile, blocks, column_tiles, BAND)
-        start = block * BLOCK_M
-        lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-        k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
-        pair_0 = gl.load(ids_ptr + start + lane)
-        pair_1 = gl.load(ids_ptr + start + ROWS + lane)
-        # Padding is not read: its rows are zero.
-        here_0 = gl.expand_dims(pair_0 < pairs, 1)
-        here_1 = gl.expand_dims(pair_1 < pairs, 1)
-        ptrs_0 = (
-            a + gl.expand_dims((pair_0 // top_k).to(gl.int64) * a_row, 1) + gl.expand_dims(k, 0)
-        )
-        ptrs_1 = (
-            a + gl.expand_dims((pair_1 // top_k).to(gl.int64) * a_row, 1) + gl.expand_dims(k, 0)
-        )
-        for _ in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(a_0.index(stage), ptrs_0, mask=here_0)
-            async_copy.async_copy_global_to_shared(a_1.index(stage), ptrs_1, mask=here_1)
-            async_copy.commit_group()
-            async_copy.wait_group(LATER)
-            fence_async_shared()
-            if step >= LATER:
-                mbarrier.arrive(full.index((step + STAGES - LATER) % STAGES), count=1)
-            ptrs_0 += BLOCK_K
-            ptrs_1 += BLOCK_K
-            step += 1
-    async_copy.wait_group(0)
-    fence_async_shared()
-    for left in gl.static_range(LATER):  # the oldest first
-        if step + left >= LATER:
-            mbarrier.arrive(full.index((step + STAGES - LATER + left) % STAGES), count=1)
+        later = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if after < tiles:
+            _tell(later, slots, told, taken, count)
+        count += 1
+        tile = after
+        after = later
 
 
 @gluon.jit
 def _sums(
     a_tiles, w_0, w_1, full, empty, step, a_scale_ptrs, as_block, ws_ptr_0, ws_ptr_1, ws_block, K,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """float32 sums [ROWS, HALF], twice, of a tile."""
     INSTRUCTION_K: gl.constexpr = 32 if SCALED else 16
@@ -141,6 +161,8 @@ def _sums(
             next_1 = gl.load(ws_ptr_1, mask=more, other=0.0)
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
+            if GATHER:  # what threads have copied, for the matrix units
+                fence_async_shared()
             tile = a_tiles.index(stage)
             product = warpgroup_mma(
                 tile, w_0.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -161,6 +183,8 @@ def _sums(
         for at in range(0, K, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
+            if GATHER:  # what threads have copied, for the matrix units
+                fence_async_shared()
             tile = a_tiles.index(stage)
             sum_0 = warpgroup_mma(tile, w_0.index(stage).permute((1, 0)), sum_0, is_async=True)
             sum_1 = warpgroup_mma(tile, w_1.index(stage).permute((1, 0)), sum_1, is_async=True)
@@ -175,86 +199,167 @@ def _sums(
 
 
 @gluon.jit
-def _write_act(
-    out, out_ptr, out_scale_ptr, start, column_tile, width, min_amax,
-    QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
-):  # fmt: skip
-    """[ROWS, HALF] of the activation, or its codes and their scales: HALF channels are one group."""
-    first = column_tile * HALF
-    VECTOR: gl.constexpr = 16 if QUANTIZE else 8
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, VECTOR], [4, 8] if QUANTIZE else [2, 16], [4, 1], [1, 0]
-    )
-    if QUANTIZE:
-        v = out.to(gl.float32)
-        of_tile: gl.constexpr = v.type.layout
-        of_row: gl.constexpr = gl.SliceLayout(1, of_tile)
-        largest = gl.max(v.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-        lowest = gl.full([ROWS], min_amax, gl.float32, layout=of_row)
-        amax = gl.maximum(largest, lowest.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
-        scale = gl.div_rn(amax, gl.full([ROWS], CODE_MAX, gl.float32, layout=of_row))
-        row = start.to(gl.int64) + gl.arange(0, ROWS, layout=of_row)
-        gl.store(out_scale_ptr + row * (width // HALF) + column_tile, scale)
-        # v / scale, correctly rounded: `unsupported` lets through no bound that makes a scale subnormal.
-        one = gl.full([ROWS], 1.0, gl.float32, layout=of_row)
-        zero = gl.full([ROWS, HALF], 0.0, gl.float32, layout=of_tile)
-        reciprocal = zero + gl.expand_dims(gl.div_rn(one, scale), 1)
-        guess = v * reciprocal
-        residual = gl.fma(guess, zero + gl.expand_dims(scale, 1), v * -1.0)
-        better = gl.fma(residual, reciprocal * -1.0, guess)
-        codes = gl.where(residual == residual, better, guess).to(gl.float8e4nv)
-        tile = gl.convert_layout(codes.to(gl.uint8, bitcast=True), layout)
-    else:
-        tile = gl.convert_layout(out, layout)
-    row = start.to(gl.int64) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    column = first + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    place = out_ptr + gl.expand_dims(row * width, 1) + gl.expand_dims(column, 0)
-    gl.store(place, tile, mask=gl.expand_dims(column < width, 0))
+def _hand(sum_0, sum_1, sums_0, sums_1, done, free, handed, T: gl.constexpr):
+    """Of a multiplying group: its sums, rounded to T, for the finishing warps, which read them in pieces."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    mbarrier.wait(free, (handed & 1) ^ 1)
+    sums_0._reinterpret(T, [ROWS, HALF], layout).store(sum_0.to(T))
+    sums_1._reinterpret(T, [ROWS, HALF], layout).store(sum_1.to(T))
+    _threads_wait()  # as one arrives for all
+    mbarrier.arrive(done, count=1)
 
 
 @gluon.jit
-def _write_pairs(out, out_ptr, ids_ptr, start, first, pairs, N):
-    """[ROWS, HALF] of the second product, at the places of its pairs."""
+def _finish_act(
+    sums_0, sums_1, out_ptr, out_scale_ptr, start, column_tile, width, min_amax,
+    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
+):  # fmt: skip
+    """[ROWS, HALF] of the activation, or its codes and their scales: HALF channels are one group.
+
+    A warp has whole rows, so that their largest value is found within it.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
+    for piece in range(ROWS // PIECE):
+        out = activate(
+            sums_0.index(piece).load(layout), sums_1.index(piece).load(layout), 0.0, 0.0, GATE
+        )
+        row = start.to(gl.int64) + piece * PIECE + gl.arange(0, PIECE, layout=of_row)
+        column = column_tile * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+        place = out_ptr + gl.expand_dims(row * width, 1) + gl.expand_dims(column, 0)
+        if QUANTIZE:
+            v = out.to(gl.float32)
+            largest = gl.max(v.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+            lowest = gl.full([PIECE], min_amax, gl.float32, layout=of_row)
+            amax = gl.maximum(largest, lowest.to(gl.int32, bitcast=True)).to(
+                gl.float32, bitcast=True
+            )
+            scale = gl.div_rn(amax, gl.full([PIECE], CODE_MAX, gl.float32, layout=of_row))
+            gl.store(out_scale_ptr + row * (width // HALF) + column_tile, scale)
+            # v / scale, correctly rounded: `unsupported` lets through no bound that makes a scale subnormal.
+            one = gl.full([PIECE], 1.0, gl.float32, layout=of_row)
+            zero = gl.full([PIECE, HALF], 0.0, gl.float32, layout=layout)
+            reciprocal = zero + gl.expand_dims(gl.div_rn(one, scale), 1)
+            guess = v * reciprocal
+            residual = gl.fma(guess, zero + gl.expand_dims(scale, 1), v * -1.0)
+            better = gl.fma(residual, reciprocal * -1.0, guess)
+            codes = gl.where(residual == residual, better, guess).to(gl.float8e4nv)
+            gl.store(place, codes.to(gl.uint8, bitcast=True))
+        else:
+            gl.store(place, out, mask=gl.expand_dims(column < width, 0))
+
+
+@gluon.jit
+def _finish_pairs(sums_0, sums_1, out_ptr, ids_ptr, start, first, pairs, N, PIECE: gl.constexpr):
+    """[ROWS, HALF], twice, of the second product, at the places of its pairs."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    tile = gl.convert_layout(out, layout)
-    pair = gl.load(ids_ptr + start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)))
     column = first + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    place = out_ptr + gl.expand_dims(pair.to(gl.int64) * N, 1) + gl.expand_dims(column, 0)
-    gl.store(place, tile, mask=gl.expand_dims(pair < pairs, 1) & gl.expand_dims(column < N, 0))
+    for piece in gl.static_range(ROWS // PIECE):
+        row = start + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
+        pair = gl.load(ids_ptr + row)
+        tile_0 = sums_0.index(piece).load(layout)
+        tile_1 = sums_1.index(piece).load(layout)
+        place = out_ptr + gl.expand_dims(pair.to(gl.int64) * N, 1) + gl.expand_dims(column, 0)
+        here = gl.expand_dims(pair < pairs, 1)
+        gl.store(place, tile_0, mask=here & gl.expand_dims(column < N, 0))
+        gl.store(place + HALF, tile_1, mask=here & gl.expand_dims(column + HALF < N, 0))
+
+
+@gluon.jit
+def _finish_group(
+    sums_0, sums_1, done, free, handed, out_ptr, out_scale_ptr, ids_ptr, start, column_tile, columns,
+    pairs, width, min_amax,
+    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
+):  # fmt: skip
+    """What a multiplying group hands over, if its rows have a pair; how often it has handed anything over by then."""
+    if gl.load(ids_ptr + start) < pairs:
+        mbarrier.wait(done, handed & 1)
+        if GATE == "none":
+            _finish_pairs(
+                sums_0, sums_1, out_ptr, ids_ptr, start, column_tile * columns, pairs, width, PIECE
+            )
+        else:
+            _finish_act(
+                sums_0, sums_1, out_ptr, out_scale_ptr, start, column_tile, width, min_amax,
+                PIECE, GATE, QUANTIZE, CODE_MAX,
+            )  # fmt: skip
+        _threads_wait()  # as one arrives for all
+        mbarrier.arrive(free, count=1)
+        handed += 1
+    return handed
+
+
+@gluon.jit
+def _finish(
+    out_ptr, out_scale_ptr, ids_ptr, padded_ptr, slots, told, taken, g0_0, g0_1, g1_0, g1_1, done, free,
+    pairs, column_tiles, columns, width, min_amax,
+    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
+    """What the finishing warps do, while the others are at the next tile."""
+    blocks = gl.load(padded_ptr) // BLOCK_M
+    tiles = blocks * column_tiles
+    handed_0 = 0
+    handed_1 = 0
+    count = 0
+    tile = gl.program_id(0)
+    while tile < tiles:
+        block, column_tile = _place(tile, blocks, column_tiles, BAND)
+        start = block * BLOCK_M
+        handed_0 = _finish_group(
+            g0_0, g0_1, done.index(0), free.index(0), handed_0, out_ptr, out_scale_ptr, ids_ptr, start,
+            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
+        )  # fmt: skip
+        handed_1 = _finish_group(
+            g1_0, g1_1, done.index(1), free.index(1), handed_1, out_ptr, out_scale_ptr, ids_ptr, start + ROWS,
+            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
+        )  # fmt: skip
+        tile = _told(slots, told, taken, count)
+        count += 1
 
 
 @gluon.jit
 def _multiply(
-    a_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
+    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken, sums_0, sums_1, done, free,
     a_tiles, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-    as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
-    GROUP_INDEX: gl.constexpr, T: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
+    as_row, as_block, ws_expert, ws_row, ws_block,
+    GROUP_INDEX: gl.constexpr, T: gl.constexpr, GATE: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """What the multiplying warps of a group do: 64 rows of each block."""
     blocks = gl.load(padded_ptr) // BLOCK_M
+    tiles = blocks * column_tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32 if SCALED else 16]
     )
+    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     step = 0
-    for tile in range(gl.program_id(0), blocks * column_tiles, gl.num_programs(0)):
-        block, column_tile = _place(tile, blocks, column_tiles, BAND)
-        expert = gl.load(experts_ptr + block)
-        start = block * BLOCK_M + GROUP_INDEX * ROWS
+    count = 0
+    handed = 0
+    tile = gl.program_id(0)
+    block, column_tile = _place(tile, blocks, column_tiles, BAND)
+    start = block * BLOCK_M + GROUP_INDEX * ROWS
+    expert = gl.load(experts_ptr + block)
+    pair_0 = gl.load(ids_ptr + start)
+    pair = gl.load(ids_ptr + start + lane)
+    while tile < tiles:
+        tile = _told(slots, told, taken, count)
+        count += 1
+        next_block, next_column = _place(tile, blocks, column_tiles, BAND)
+        next_start = next_block * BLOCK_M + GROUP_INDEX * ROWS
+        next_expert = gl.load(experts_ptr + next_block)
+        next_0 = gl.load(ids_ptr + next_start)
+        next_pair = gl.load(ids_ptr + next_start + lane)
         first = column_tile * columns
         # Pairs come first in a block, then padding: of a block that is half full, the second half is nothing.
-        if gl.load(ids_ptr + start) < pairs:
+        if pair_0 < pairs:
             a_scale_ptrs = a_scale_ptr
             ws_ptr_0 = w_scale_ptr
             ws_ptr_1 = w_scale_ptr
             if SCALED:
-                lane = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+                row = start + lane
                 if GATHER:
-                    pair = gl.load(ids_ptr + lane)
-                    token = gl.where(pair < pairs, pair // top_k, 0)
-                    a_scale_ptrs = a_scale_ptr + token.to(gl.int64) * as_row
-                else:
-                    a_scale_ptrs = a_scale_ptr + lane.to(gl.int64) * as_row
+                    row = gl.where(pair < pairs, pair // top_k, 0)
+                a_scale_ptrs = a_scale_ptr + row.to(gl.int64) * as_row
                 scales = w_scale_ptr + expert.to(gl.int64) * ws_expert
                 ws_ptr_0 = scales + first // 128 * ws_row
                 # Past the last block there is no column that anyone stores.
@@ -262,27 +367,35 @@ def _multiply(
                 ws_ptr_1 = scales + gl.minimum((first + second) // 128, most) * ws_row
             sum_0, sum_1, step = _sums(
                 a_tiles, w_0, w_1, full, empty, step, a_scale_ptrs, as_block, ws_ptr_0, ws_ptr_1, ws_block, K,
-                BLOCK_K, STAGES, SCALED,
+                BLOCK_K, STAGES, GATHER, SCALED,
             )  # fmt: skip
-            if GATE == "none":
-                _write_pairs(sum_0.to(T), out_ptr, ids_ptr, start, first, pairs, width)
-                _write_pairs(sum_1.to(T), out_ptr, ids_ptr, start, first + second, pairs, width)
-            else:
-                out = activate(sum_0.to(T), sum_1.to(T), 0.0, 0.0, GATE)
-                _write_act(
-                    out, out_ptr, out_scale_ptr, start, column_tile, width, min_amax, QUANTIZE, CODE_MAX
-                )  # fmt: skip
+            _hand(
+                sum_0,
+                sum_1,
+                sums_0,
+                sums_1,
+                done.index(GROUP_INDEX),
+                free.index(GROUP_INDEX),
+                handed,
+                T,
+            )
+            handed += 1
         else:
             for _ in range(0, K, BLOCK_K):
                 stage = step % STAGES
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
                 mbarrier.arrive(empty.index(stage), count=1)
                 step += 1
+        start = next_start
+        column_tile = next_column
+        expert = next_expert
+        pair_0 = next_0
+        pair = next_pair
 
 
 @gluon.jit(do_not_specialize=["pairs"])
 def grouped(
-    a, a_row, a_scale_ptr, w, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
+    a, a_row, a_scale_ptr, w, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr, counter_ptr,
     pairs, top_k, column_tiles, columns, second, rows, width, K,
     as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
     T: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
@@ -299,79 +412,66 @@ def grouped(
     w_1 = gl.allocate_shared_memory(w.dtype, [STAGES, HALF, BLOCK_K], shared)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # One arrival tells how many bytes come, one that gathered rows are there.
-    ARRIVALS: gl.constexpr = 2 if GATHER else 1
+    slots = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(taken.index(slot), count=3)
+    # One arrival tells how many bytes come; each loading thread tells of the rows that it gathers.
+    ARRIVALS: gl.constexpr = 129 if GATHER else 1
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=2)
-    if GATHER:
-        gl.warp_specialize(
-            [
+    # Rows that are finished at a time: finishing warps have few registers, and an activation is more than a copy.
+    PIECE: gl.constexpr = 32 if GATE == "none" else 8
+    of_sums: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    g0_0 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
+    g0_1 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
+    g1_0 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
+    g1_1 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        mbarrier.init(done.index(group), count=1)
+        mbarrier.init(free.index(group), count=1)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
                 (
-                    _multiply,
-                    (
-                        a_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
-                        a_0, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-                        as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
-                        0, T, GATE, QUANTIZE, CODE_MAX, BLOCK_K, STAGES, BAND, GATHER, SCALED,
-                    ),
+                    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken,
+                    g0_0, g0_1, done, free, a_0, w_0, w_1, full, empty,
+                    pairs, top_k, column_tiles, columns, second, width, K,
+                    as_row, as_block, ws_expert, ws_row, ws_block, 0, T, GATE, BLOCK_K, STAGES, BAND, GATHER, SCALED,
                 ),
+            ),
+            (
+                _multiply,
                 (
-                    _multiply,
-                    (
-                        a_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
-                        a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-                        as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
-                        1, T, GATE, QUANTIZE, CODE_MAX, BLOCK_K, STAGES, BAND, GATHER, SCALED,
-                    ),
+                    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken,
+                    g1_0, g1_1, done, free, a_1, w_0, w_1, full, empty,
+                    pairs, top_k, column_tiles, columns, second, width, K,
+                    as_row, as_block, ws_expert, ws_row, ws_block, 1, T, GATE, BLOCK_K, STAGES, BAND, GATHER, SCALED,
                 ),
+            ),
+            (
+                _load,
                 (
-                    _load,
-                    (
-                        a, w, experts_ptr, padded_ptr, a_0, a_1, w_0, w_1, full, empty,
-                        column_tiles, columns, second, rows, K, BLOCK_K, STAGES, BAND, GATHER,
-                    ),
+                    a, a_row, w, ids_ptr, experts_ptr, padded_ptr, counter_ptr, slots, told, taken,
+                    a_0, a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, rows, K,
+                    BLOCK_K, STAGES, BAND, GATHER,
                 ),
+            ),
+            (
+                _finish,
                 (
-                    _gather,
-                    (
-                        a, a_row, ids_ptr, padded_ptr, a_0, a_1, full, empty, pairs, top_k, column_tiles, K,
-                        BLOCK_K, STAGES, BAND, 128 // ITEM,
-                    ),
+                    out_ptr, out_scale_ptr, ids_ptr, padded_ptr, slots, told, taken,
+                    g0_0, g0_1, g1_0, g1_1, done, free, pairs, column_tiles, columns, width, min_amax,
+                    PIECE, GATE, QUANTIZE, CODE_MAX, BAND,
                 ),
-            ],
-            [4, 1, 4],
-            [216, 24, 56],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        a_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
-                        a_0, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-                        as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
-                        0, T, GATE, QUANTIZE, CODE_MAX, BLOCK_K, STAGES, BAND, GATHER, SCALED,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        a_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr, ids_ptr, experts_ptr, padded_ptr,
-                        a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-                        as_row, as_block, ws_expert, ws_row, ws_block, min_amax,
-                        1, T, GATE, QUANTIZE, CODE_MAX, BLOCK_K, STAGES, BAND, GATHER, SCALED,
-                    ),
-                ),
-                (
-                    _load,
-                    (
-                        a, w, experts_ptr, padded_ptr, a_0, a_1, w_0, w_1, full, empty,
-                        column_tiles, columns, second, rows, K, BLOCK_K, STAGES, BAND, GATHER,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
+            ),
+        ],
+        [4, 4, 4],
+        [208, 48, 48],  # registers, of which the first group has what these leave
+    )  # fmt: skip

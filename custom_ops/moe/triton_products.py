@@ -229,6 +229,13 @@ def quotient(a, b):
 
 
 @triton.jit
+def clamped(x, bound):
+    """x between -bound and bound; NaN is not outside, and stays."""
+    x = tl.where(x > bound, bound, x)
+    return tl.where(x < -bound, -bound, x)
+
+
+@triton.jit
 def activate(gate, up, alpha, limit, GATE: tl.constexpr):
     """The activation of `custom_ops.moe.activation.Activation` by its name, on tiles of T; roundings as in eager."""
     T: tl.constexpr = gate.dtype
@@ -239,12 +246,16 @@ def activate(gate, up, alpha, limit, GATE: tl.constexpr):
     elif GATE == "silu_mul":
         left = round_to(quotient(g, 1.0 + exp(-g)), T)
         out = round_to(to_float32(left) * to_float32(up), T)
-    elif GATE == "clamped_swiglu":
-        u = to_float32(up)
+    elif GATE == "clamped_silu_mul":
         bound = to_float32(round_to(tl.full(g.shape, limit, tl.float32), T))
         g = tl.where(g > bound, bound, g)  # NaN is not above the bound, and stays
-        u = tl.where(u > bound, bound, u)
-        u = tl.where(u < -bound, -bound, u)
+        u = clamped(to_float32(up), bound)
+        left = round_to(quotient(g, 1.0 + exp(-g)), T)
+        out = round_to(to_float32(left) * u, T)
+    elif GATE == "clamped_swiglu":
+        bound = to_float32(round_to(tl.full(g.shape, limit, tl.float32), T))
+        g = tl.where(g > bound, bound, g)
+        u = clamped(to_float32(up), bound)
         inner = to_float32(round_to(g * alpha, T))
         one = tl.full(g.shape, 1.0, tl.float32)
         sigmoid = to_float32(round_to(quotient(one, one + exp(-inner)), T))

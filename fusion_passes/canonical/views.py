@@ -5,9 +5,9 @@
     permute(permute(x, [1, 0]), [1, 0])       ->  x
     _assert_tensor_metadata(x, dtype of x)    ->  nothing
 
-So do casts of a kernel's results, there and back (`casts.py`). A rewrite returns each output in the shape that the
-user's graph had in that place; between two fused ops the views then cancel, so that the scales reach the GEMM in the
-layout in which they were made.
+So do casts of a kernel's results, there and back (`casts.py`), and clamps by infinity (`clamps.py`). A rewrite returns
+each output in the shape that the user's graph had in that place; between two fused ops the views then cancel, so that
+the scales reach the GEMM in the layout in which they were made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map
-from fusion_passes.canonical import casts
+from fusion_passes.canonical import casts, clamps
 from fusion_passes.operations import shape_of
 
 aten = torch.ops.aten
@@ -40,6 +40,9 @@ def remove_needless(graph: fx.Graph) -> int:
         if (source := _permuted_back(node)) is not None and not _is_returned(node):
             node.replace_all_uses_with(source)
             removed += 1
+            continue
+        if bypassed := clamps.bypass(node):
+            removed += bypassed
             continue
         if (source := casts.undone(node)) is not None:
             node.replace_all_uses_with(source)

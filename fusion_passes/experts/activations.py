@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.canonical import meanings
-from fusion_passes.experts.reading import CAST, Unlike, aten, called, element, number, strip
+from fusion_passes.experts.reading import (
+    CAST,
+    Unlike,
+    aten,
+    called,
+    dtype_of,
+    element,
+    number,
+    strip,
+)
 from fusion_passes.index_map import Size
 from fusion_passes.operations import describe, is_tensor, shape_of
 
@@ -17,7 +28,12 @@ GATED = {
     meanings.gelu_tanh_mul: "gelu_tanh_mul",
     meanings.clamped_swiglu: "clamped_swiglu",
 }
-_CLAMPS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
+# of clamp(x, low, high) and the like: which argument is the lower bound, and which the upper one
+_CLAMPS = {
+    aten.clamp.default: (1, 2),
+    aten.clamp_min.default: (1, None),
+    aten.clamp_max.default: (None, 1),
+}
 
 
 class Between(NamedTuple):
@@ -31,10 +47,15 @@ class Between(NamedTuple):
 def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
     """The activation that a node is the result of; its nodes go to ``inside``. Raises Unlike for any other."""
     if node.target in GATED:
+        gate, up, *numbers = node.args
         words: dict[str, Any] = {"activation": GATED[node.target]}
-        if len(node.args) > 2:
-            words |= dict(zip(("alpha", "limit"), map(float, node.args[2:])))
-        source, interleaved, channels = _halves(node.args[0], node.args[1], inside)
+        if numbers:
+            words |= dict(zip(("alpha", "limit"), map(float, numbers), strict=True))
+        if node.target is meanings.silu_mul and (limited := _limited(gate, up)) is not None:
+            gate, up = limited.gate, limited.up
+            words = {"activation": "clamped_silu_mul", "limit": limited.limit}
+            inside += limited.inside
+        source, interleaved, channels = _halves(gate, up, inside)
         return Between(words | {"interleaved": interleaved}, source, channels)
     if (squared := _square_of(node)) is not None and squared.target is aten.relu.default:
         inside.append(squared)
@@ -43,7 +64,7 @@ def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
     raise Unlike(
         node,
         f"{called(node)} before the second product is none of the activations that are fused: "
-        "silu_mul, gelu_tanh_mul, clamped_swiglu, relu2"
+        "silu_mul, gelu_tanh_mul, clamped_swiglu, clamped_silu_mul, relu2"
         + (f" ({unknown.name}, a number in it, is known only at run time)" if unknown else ""),
     )
 
@@ -81,8 +102,8 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
             if (clamp := _clamp_of(node)) is not None:
                 raise Unlike(
                     clamp,
-                    f"{called(clamp)} clamps gate or up before they are multiplied, which of the activations that are "
-                    "fused clamped_swiglu alone does, with alpha and one added to up",
+                    f"{called(clamp)} clamps gate or up before they are multiplied: of the activations that are fused, "
+                    "clamped_silu_mul and clamped_swiglu do, gate to at most a limit and up between -limit and limit",
                 )
             raise Unlike(
                 node, f"{called(strip(node))}, gate or up, is not a half of the product's channels"
@@ -99,6 +120,59 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
     if halved and (first.start, first.step) == (0, 1):
         return first.source, False, first.channels
     raise Unlike(gate, f"{gate.name}, the gate, is not the first half of the product's channels")
+
+
+class _Limited(NamedTuple):
+    """Gate and up before their clamps, to at most the limit and to at most its magnitude."""
+
+    gate: fx.Node
+    up: fx.Node
+    limit: float
+    inside: list[fx.Node]
+
+
+def _limited(gate: fx.Node, up: fx.Node) -> _Limited | None:
+    """What is under the clamps of a gate and an up projection; None where these are not to one limit."""
+    first, second = _unclamped(gate), _unclamped(up)
+    if first is None or second is None:
+        return None
+    limit = first.high
+    if (first.low, second.low, second.high) != (-math.inf, -limit, limit) or limit == math.inf:
+        return None
+    return _Limited(first.source, second.source, limit, first.inside + second.inside)
+
+
+class _Clamped(NamedTuple):
+    """A value that is clamped, the bounds, and the nodes that do it."""
+
+    source: fx.Node
+    low: float
+    high: float
+    inside: list[fx.Node]
+
+
+def _unclamped(node: fx.Node) -> _Clamped | None:
+    """What is under clamps by numbers, in the node's own dtype or in float32; None where it is anything else.
+
+    A bound may be rounded to the dtype of the node before or after, as what is clamped are values of that dtype.
+    """
+    source, low, high = strip(node), -math.inf, math.inf
+    inside: list[fx.Node] = []
+    while source.target in _CLAMPS or source.target is CAST:
+        if source.target is CAST and dtype_of(source) not in (dtype_of(node), torch.float32):
+            return None
+        for place, at in enumerate(_CLAMPS.get(source.target, ())):
+            given = source.args[at] if at is not None and at < len(source.args) else None
+            bound = number(given)
+            if given is not None and (bound is None or math.isnan(bound)):
+                return None  # a number that is known only at run time, or is none
+            if bound is not None:
+                low, high = (max(low, bound), high) if place == 0 else (low, min(high, bound))
+        inside.append(source)
+        source = strip(source.args[0])
+    if not low <= high or dtype_of(source) is not dtype_of(node):
+        return None
+    return _Clamped(source, low, float(high), inside)
 
 
 def _clamp_of(node: fx.Node) -> fx.Node | None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bench import ahead, heat, plots, readme, tuning
+from bench.case import activation, drawn_before
 from bench.measure import Plan, measure
 from bench.results import Row, Run
 from bench.suites import layouts, quantization, suites, torchao
@@ -148,6 +149,41 @@ def test_one_process_at_a_time_has_the_turn(tmp_path) -> None:
         pass
 
 
+def _sum_of_what_was_lent() -> float:
+    with drawn_before(ahead.lent()):
+        return float(activation(CPU, 3, 4).sum())
+
+
+def test_inputs_are_drawn_once_for_all_processes() -> None:
+    values = torch.randn(16).to(torch.bfloat16)
+    found: list[float] = []
+    ahead.lend([values])
+    try:
+        done = ahead.run([_sum_of_what_was_lent] * 2, 2, 120.0, found.append)
+    finally:
+        ahead.lend([])
+    assert done.errors == []
+    assert found == [float(values[:12].view(3, 4).sum())] * 2
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=4),
+    sizes=st.lists(st.integers(0, 16), max_size=4),
+)
+def test_what_is_drawn_before_is_taken_where_it_is_long_enough(shapes, sizes) -> None:
+    values = [torch.randn(size).to(torch.bfloat16) for size in sizes]
+    with drawn_before(values):
+        drawn = [activation(CPU, *shape) for shape in shapes]
+    assert [tuple(t.shape) for t in drawn] == shapes
+    for got, value in zip(drawn, values, strict=False):
+        if 0 < got.numel() <= value.numel():
+            assert got.data_ptr() == value.data_ptr()
+            assert got.is_contiguous()
+        else:
+            assert got.numel() == 0 or got.data_ptr() != value.data_ptr()
+    assert activation(CPU, 2).data_ptr() not in {value.data_ptr() for value in values}
+
+
 @given(ratios=st.lists(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=3), min_size=1))
 def test_merged_maps_have_the_median_of_each_point(ratios: list[list[float]]) -> None:
     """One list for each point, one run for each of its measurements."""
@@ -180,7 +216,7 @@ def test_stocks_graphs_are_compiled_by_other_processes(tmp_path, monkeypatch) ->
     assert done.errors == []
     assert done.compiled == 2
     counters.clear()
-    row = heat.measure("token_quant", 3, 256, CPU, HostTimer(reps=1))
+    row = heat.measure("token_quant", 3, 256, CPU, heat.WallClock())
     assert row.errors == {}
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
@@ -215,11 +251,22 @@ def test_what_another_process_cannot_compile_is_said_and_left_to_this_one() -> N
 class Clock:
     """What each call takes, in the order in which they are timed."""
 
+    name = "given"
+
     def __init__(self, *times: float) -> None:
         self.times = list(times)
 
-    def warm(self, call) -> float:
+    def first(self, call) -> None:
+        call()
+
+    def ready(self, call, least_us: float) -> Clock:
+        return self
+
+    def time(self) -> float:
         return self.times.pop(0)
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_loss_is_timed_again_and_a_win_is_not() -> None:
@@ -240,7 +287,7 @@ def test_a_side_that_raises_costs_the_other_nothing(monkeypatch) -> None:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(heat.torch, "compile", lambda *_args, **_kwargs: broken)
-    row = heat.measure("group_quant", 2, 1024, CPU, HostTimer(reps=1))
+    row = heat.measure("group_quant", 2, 1024, CPU, heat.WallClock())
     assert row.errors == {"inductor": "RuntimeError: no compiler here"}
     assert row.warm_us["ours"] > 0
 

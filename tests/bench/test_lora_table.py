@@ -38,6 +38,24 @@ def test_of_batches_of_one_size_the_slowest_counts():
     assert row["us"] == {"apart": 4.0, "beside": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("later", "kept"),
+    [
+        ({"apart": 2.09, "beside": 2.0}, {"apart": 2.0, "beside": 2.05}),  # near each other
+        ({"apart": 2.11, "beside": 2.0}, {"apart": 2.11, "beside": 2.0}),
+        ({"apart": 3.0, "beside": 3.1}, {"apart": 3.0, "beside": 3.1}),
+        ({"apart": 2.05, "beside": 2.1, "after": 2.0}, {"apart": 2.05, "beside": 2.1, "after": 2}),
+        ({"beside": 2.0}, {"beside": 2.0}),
+    ],
+)
+def test_the_state_of_a_gpu_turns_no_order(later, kept):
+    """The row that is measured last decides, but not between ways that are near each other in it."""
+    runs = [run_of(row_of(apart=2.0, beside=2.05)), run_of(row_of(**later))]
+    runs[1].date = runs[0].date + "1"
+    (row,) = lora_table.distil([(run, run.rows[0]) for run in runs])["rows"]
+    assert row["us"] == kept
+
+
 def test_without_rows_it_is_an_error():
     with pytest.raises(ValueError, match="no row of the lora suite"):
         lora_table.distil([(run_of(), Row("group_quant", {"tokens": 1}))])

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import custom_ops
-from tests.custom_ops.helpers import DEVICE, assert_same_bits, bf16, implementation, outputs
+from tests.custom_ops.helpers import (
+    DEVICE,
+    assert_few_flips,
+    assert_same_bits,
+    bf16,
+    implementation,
+    outputs,
+)
 from tests.custom_ops.schemes import KEPT, KERNELS, calls, kernel
 
 every_kernel = pytest.mark.parametrize("which", ["reference", *KERNELS])
@@ -18,19 +25,21 @@ every_pair = pytest.mark.parametrize(("producer", "scheme"), KEPT)
 
 
 def check(producer, scheme, which, *args, **options):
-    """Bit for bit the op of the pair in the same implementation; and the norm, whose group size may be another."""
+    """Bit for bit the op of the pair in the same implementation; and the norm, which Triton may sum otherwise."""
     got = outputs(kernel(f"{producer}_and_{scheme}", which)(*args, **options))
     (q, scale, *rest) = outputs(implementation(f"{producer}_{scheme}", which)(*args, **options))
     own = {"weight_mode": options["weight_mode"]} if "weight_mode" in options else {}
     count = len(inspect.signature(custom_ops.ops()[producer].public).parameters) - 1
     normed = outputs(implementation(producer, which)(*args[:count], **own))[0]
-    if scheme == "group_quant" and args[-1] != 128 and which == "triton":
-        # it sums in groups of its own, so that the norm that is quantized is another by a rounding
-        assert got[2].shape == normed.shape
-        assert got[2].stride() == normed.stride()
-        again = implementation("group_quant", "reference")
+    regrouped = scheme == "group_quant" and args[-1] != 128
+    if which == "triton" and (regrouped or got[2].is_cuda):
+        # The tile of the pair is not that of the norm alone: some sums, and the norms that are quantized, are others by
+        # a rounding.
+        assert_few_flips(got[2], normed, fraction=1e-2 if regrouped else 1e-4)
         keywords = {key: value for key, value in options.items() if key not in own}
-        assert_same_bits(got[:2], outputs(again(got[2], args[-1], **keywords)))
+        rest_of_args = args[-1:] if scheme == "group_quant" else ()
+        again = implementation(scheme, "reference")(got[2], *rest_of_args, **keywords)
+        q, scale = outputs(again)
         normed = got[2]
     assert_same_bits(got, (q, scale, normed, *rest))
 

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LIMIT = 0.8  # within the values, and no number of 16 bits
+
 
 @dataclass(frozen=True)
 class Spelling:
     """How a mixture of experts is written.
 
-    form: "grouped" or "batched" (a matrix for each row). activation: "silu_mul", "gelu_tanh_mul", "clamped_swiglu" or
-    "relu2". interleaved: gate and up in turns. transposed: weights are kept as [E, in, out]. bias: of both products.
-    order: how rows are sorted and put back. mask: rows of experts elsewhere are set to 0. weigh_last: the top-k weights
-    are applied after the rows are put back. rounded_weights: they are in 16 bits.
+    form: "grouped" or "batched" (a matrix for each row). activation: "silu_mul", "gelu_tanh_mul", "clamped_swiglu",
+    "clamped_silu_mul" or "relu2". interleaved: gate and up in turns. transposed: weights are kept as [E, in, out].
+    bias: of both products. order: how rows are sorted and put back. mask: rows of experts elsewhere are set to 0.
+    weigh_last: the top-k weights are applied after the rows are put back. rounded_weights: they are in 16 bits.
     """
 
     form: str = "grouped"
@@ -86,7 +88,9 @@ def activate(rows: Tensor, spelling: Spelling) -> Tensor:
         return F.silu(gate) * up
     if spelling.activation == "gelu_tanh_mul":
         return F.gelu(gate, approximate="tanh") * up
-    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+    gate, up = gate.clamp(max=LIMIT), up.clamp(min=-LIMIT, max=LIMIT)
+    if spelling.activation == "clamped_silu_mul":
+        return F.silu(gate) * up
     return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 

@@ -16,6 +16,17 @@ from tests.fusion_passes.one_step_away import run
 pytestmark = pytest.mark.usefixtures("references")
 
 
+# of SiLU-mul: the bounds of the gate, and that of up
+SILU_LIMITS = {
+    "limits of SiLU": (None, 0.5, 0.5),
+    "a limit of 0": (None, 0.0, 0.0),
+    "no limits of SiLU": (None, float("inf"), float("inf")),
+    "gate clamped from below": (-0.5, 0.5, 0.5),
+    "two limits": (None, 0.5, 0.75),
+    "a limit that is not a number": (None, float("nan"), float("nan")),
+}
+
+
 def _experts(tensors: tuple[Tensor, ...], change: str) -> Tensor:
     """A matrix for each pair, with one thing that is not as it should be."""
     hidden, gate_up, down, gate_up_bias, down_bias, weights, ids = tensors
@@ -71,6 +82,18 @@ def _experts(tensors: tuple[Tensor, ...], change: str) -> Tensor:
         gate = gate.clamp(low, 7.0) if change == "limits of the gate" else gate.clamp(max=7.0)
         value = value.clamp(low, 7.0) + (0 if change == "no one added" else 1)
         between = value * (gate * torch.sigmoid(gate * 1.702))
+    if change in SILU_LIMITS:
+        low, most, limit = SILU_LIMITS[change]
+        between = F.silu(gate.clamp(low, most)) * value.clamp(-limit, limit)
+    if change == "clamped after SiLU":
+        between = F.silu(gate).clamp(max=0.5) * value.clamp(-0.5, 0.5)
+    if change == "clamped GELU":
+        between = F.gelu(gate.clamp(max=0.5), approximate="tanh") * value.clamp(-0.5, 0.5)
+    if change == "clamped gate alone":
+        between = F.silu(gate.clamp(max=0.5)) * value
+    if change == "clamped by another dtype":
+        gate, value = gate.clamp(max=0.5).half(), value.clamp(-0.5, 0.5).half()
+        between = (F.silu(gate) * value).to(hidden.dtype)
     if change == "scaled between":
         between = between * 0.5
     if change == "plus between":
@@ -122,10 +145,13 @@ UNLIKE = (
     "other limits", "limits of the gate", "no one added", "scaled between", "plus between", "bias after the weights",
     "down bias of the token", "weights twice", "weights of channels", "scaled by a number",
     "scaled after the weights", "mean", "in turns", "transposed view", "not all experts", "not all tokens",
-    "cumulated", "shared expert inside", "cast to another",
+    "cumulated", "shared expert inside", "cast to another", "gate clamped from below", "two limits",
+    "a limit that is not a number", "clamped after SiLU", "clamped GELU", "clamped gate alone",
+    "clamped by another dtype",
 )  # fmt: skip
 ALIKE = (
     "", "limits", "weights in turns", "weights squared", "ids through bool", "ids through 16 bits", "ids modulo",
+    "limits of SiLU", "a limit of 0", "no limits of SiLU",
 )  # fmt: skip
 
 
@@ -134,6 +160,24 @@ ALIKE = (
 def test_experts_one_step_away(change, tokens, top_k):
     tensors = draw(Spelling(form="batched", bias=True), tokens=tokens, top_k=top_k).tensors
     run(lambda *given: _experts(given, change), *tensors, names=("fused_moe",))
+
+
+@pytest.mark.parametrize("change", SILU_LIMITS)
+def test_one_limit_of_gate_and_up_is_the_ops(change):
+    """Within the values, so that a bound that is lost would be seen."""
+    tensors = draw(Spelling(form="batched", bias=True), tokens=5, top_k=2).tensors
+    result = run(lambda *given: _experts(given, change), *tensors, names=("fused_moe",))
+    _, most, limit = SILU_LIMITS[change]
+    assert result.report.matches == ({"fused_moe": 1} if change in ALIKE else {}), result.report
+    if change not in ALIKE:
+        (miss,) = [m for m in result.report.near_misses if m.fusion == "fused_moe"]
+        assert "gate to at most a limit and up between -limit and limit" in miss.reason
+        return
+    (fused,) = [n for n in result.after.graph.nodes if "fused_moe" in str(n.target)]
+    if limit == float("inf"):
+        assert "limit" not in fused.kwargs
+    else:
+        assert (fused.kwargs["activation"], fused.kwargs["limit"]) == ("clamped_silu_mul", most)
 
 
 def _sorted_experts(tensors: tuple[Tensor, ...], change: str) -> Tensor:

@@ -27,7 +27,7 @@ def few(examples):
     return hypothesis.settings(max_examples=examples if profile < 100 else profile)
 
 
-GATED = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu")
+GATED = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu", "clamped_silu_mul")
 
 
 @st.composite

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusion_passes.mismatch import short
 from fusion_passes.operations import transparent
 from fusion_passes.quantize import Fp8BlockLinear, quantize_weight
 from tests.fusion_passes.helpers import (
@@ -322,3 +323,19 @@ def test_a_number_that_a_pattern_has_twice_is_one_number(most, limit):
 
     expected = {"clamped_swiglu": 1} if most == limit else {}
     assert fuse_all(block, X, OTHER).report.matches == expected
+
+
+@pytest.mark.parametrize(
+    ("take", "name"),
+    [(lambda x: x.split(128, -1)[0], "getitem"), (lambda x: x[:, ::2] * 2, "mul")],
+)
+def test_an_operation_is_called_by_its_own_name(take, name):
+    def norm(x, w):
+        h = take(x)
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).bfloat16()
+
+    result = fuse_all(norm, X.float(), W[:128])
+    (reason,) = misses(result, "rms_norm")
+    assert reason.startswith(f"{name} ("), reason
+    assert "is torch.float32 already" in reason
+    assert short(f"custom_ops.{name}.default") == short(f"aten.{name}.Tensor") == name

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion_passes import registry
+from fusion_passes import registry, tables
 from fusion_passes.passes.router_logits import MOST_EXPERTS
 from fusion_passes.testing import fuse
 from tests.fusion_passes.helpers import assert_same
@@ -85,7 +85,12 @@ def test_more_outputs_than_a_router_has():
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
 def test_in_stock_models(kind):
-    only = [registry()[name] for name in (NAME, "grouped_topk")]
-    result = fuse(build(kind, "grouped_mm", "bf16", 2), tokens(7), use_cache=False, only=only)
-    assert result.report.matches == {NAME: 2, "grouped_topk": 2}, result.report
+    """Among all that is on by default: it takes nothing that another matches, nor they from it."""
+    default = [each for name, each in registry().items() if tables.default_state(name, "sm_90")[0]]
+    model = build(kind, "grouped_mm", "bf16", 2)
+    result = fuse(model, tokens(7), use_cache=False, only=default)
+    without = [each for each in default if each.name != NAME]
+    others = fuse(model, tokens(7), use_cache=False, only=without).report.matches
+    assert others.items() >= {"grouped_topk": 2, "fused_moe": 2}.items()
+    assert result.report.matches == {NAME: 2, **others}, result.report
     assert_close(result)

@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": _GROUPED | _LATENT | {"first_k_dense_replace": 0, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _GROUPED | _LATENT | {"first_k_dense_replace": 0},
     "deepseek_v32": _GROUPED | _LATENT | {"first_k_dense_replace": 0, "index_head_dim": 32, "index_n_heads": 2},
-    "deepseek_v4": _ROUTED,
+    "deepseek_v4": _ROUTED | {"swiglu_limit": 0.5},  # within the values
     "dots1": _ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 0},
     "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_layer_start_index": 0},
     "exaone_moe": _PLAIN | {"first_k_dense_replace": 0},

@@ -171,7 +171,11 @@ def test_models_that_no_walk_was_written_for(kind: str, router: str) -> None:
     [
         ("phimoe", {"fused_moe": 1}, r"the top-k ids are made by cat \(cat\w*\), where topk is"),
         ("zaya", {"fused_moe": 1}, r"the top-k ids are made by where \(where\w*\), where topk is"),
-        ("deepseek_v4", {}, r"clamp\w* \(clamp\w*\) clamps gate or up before they are multiplied"),
+        (
+            "deepseek_v4",
+            {"fused_moe": 1},
+            r"the top-k ids are made by index \(index\w*\), where topk is",
+        ),
         ("llama4_text", {}, r"bmm\w* gives every expert rows of its own: none is routed"),
     ],
 )
@@ -184,6 +188,23 @@ def test_what_does_not_fuse_is_reported(kind: str, matches: dict[str, int], reas
     assert any(re.search(reason, miss.reason) for miss in misses), misses
     assert all(miss.module for miss in misses)
     assert_close(result)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_with_a_clamped_gate(implementation: str, scheme: str) -> None:
+    """DeepSeek-V4, of which two layers choose experts by the id of a token, and two by their scores."""
+    for layer in ("hash_moe", "moe"):
+        model = build("deepseek_v4", implementation, scheme, LAYERS, mlp_layer_types=layer)
+        only = [registry()[name] for name in FUSIONS]
+        result = fuse(model, tokens(7), use_cache=False, only=only)
+        assert result.report.matches == {"fused_moe": LAYERS}, result.report
+        for site in result.report.sites:
+            assert "clamped_silu_mul" in site.pattern
+        for node in result.after.graph.nodes:
+            if "fused_moe" in str(node.target):
+                assert node.kwargs["limit"] == 0.5
+        assert_close(result, scheme)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -314,7 +335,7 @@ def test_every_rewrite_verified_on_the_spot(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
-@pytest.mark.parametrize("kind", [*ROUTERS, "nemotron_h", "gemma4_text"])
+@pytest.mark.parametrize("kind", [*ROUTERS, "nemotron_h", "gemma4_text", "deepseek_v4"])
 def test_as_an_experts_implementation(kind: str, scheme: str) -> None:
     """Eagerly and compiled by any backend, in one graph."""
     model = build(kind, "grouped_mm", scheme, 1)
@@ -338,8 +359,8 @@ def test_as_an_experts_implementation(kind: str, scheme: str) -> None:
 
 
 def test_an_unknown_activation_is_an_error() -> None:
-    model = build("deepseek_v4", "fusion_passes", "bf16", 1)
-    with pytest.raises(ValueError, match="the activation of DeepseekV4Experts is not supported"):
+    model = build("qwen3_moe", "fusion_passes", "bf16", 1, hidden_act="tanh")
+    with pytest.raises(ValueError, match="the activation of Qwen3MoeExperts is not supported"):
         model(tokens(7), use_cache=False)
 
 

@@ -86,6 +86,45 @@ def test_tokens_go_to_the_experts_that_eager_sends_them_to(kind: str, scheme: st
     assert flipped <= (0.01 if scheme == "bf16" else 0.05), f"{flipped:.1%} of the tokens"
 
 
+def clamped(rows: torch.Tensor) -> torch.Tensor:
+    """The gate of DeepSeek-V4, which not every transformers has, with a limit within the values."""
+    gate, up = rows.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.clamp(max=0.5)) * up.clamp(min=-0.5, max=0.5)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fusion_passes"])
+@pytest.mark.parametrize("count", [1, 16, 300])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])
+def test_a_clamped_gate(scheme: str, count: int, implementation: str) -> None:
+    """As near to eager as another gate is, which one without the limit would not be."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    torch.compiler.reset()
+    model = copy.deepcopy(build("qwen3_moe", "grouped_mm", scheme, 1)).cuda()
+    block = model.model.layers[0].mlp
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(1, count, model.config.hidden_size, generator=generator).bfloat16().cuda()
+
+    def first(result):
+        return result[0] if isinstance(result, tuple) else result
+
+    with torch.no_grad():
+        unclamped = first(block(x))
+        getattr(block.experts, "stock", block.experts)._apply_gate = clamped
+        expected = first(block(x))
+        model.config._experts_implementation = implementation
+        compiled = torch.compile(block, backend=backend, options={"fusions": "all"}, dynamic=False)
+        actual = first(compiled(x))
+    if implementation != "fusion_passes":  # where nothing is left to find
+        report = fusion_passes.report()
+        (site,) = [site for site in report.sites if site.fusion == "fused_moe"]
+        assert "clamped_silu_mul" in site.pattern
+        assert not any(name.endswith(":reference") for name in site.implementations)
+    far = errors(actual, expected)
+    assert float(far.median()) < (0.01 if scheme == "bf16" else 0.05), far
+    assert float(errors(unclamped, expected).median()) > 0.2
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("count", [1, 16, 300])
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block"])

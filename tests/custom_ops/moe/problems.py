@@ -49,6 +49,7 @@ class Shape:
     routing: str = "uniform"
     activation: str = "silu_mul"
     interleaved: bool = False
+    limit: float = 7.0
     biased: bool = False
     weights: str = "16_bit"
     dtype: torch.dtype = torch.bfloat16
@@ -74,6 +75,8 @@ class Shape:
         ids = route(self.routing, self.tokens, everywhere, self.top_k, generator)
         weights = torch.rand(self.tokens, self.top_k, generator=generator)
         kwargs: dict[str, Any] = {"activation": self.activation, "interleaved": self.interleaved}
+        if "clamped" in self.activation:
+            kwargs["limit"] = self.limit
         if self.elsewhere:  # every other expert is here, in another order
             local = torch.randperm(self.experts, generator=generator)
             mapped = torch.stack([local, torch.full_like(local, -1)], 1).flatten()
@@ -140,6 +143,9 @@ def shapes(draw, **fixed: Any) -> Shape:
         routing=choose("routing", list(ROUTINGS)),
         activation=activation,
         interleaved=choose("interleaved", [False, True]) and activation != "relu2",
+        limit=choose(
+            "limit", [7.0, 0.8]
+        ),  # above nearly every value; within them, and no number of 16 bits
         biased=choose("biased", [False, True]),
         weights=choose("weights", list(WEIGHTS)),
         dtype=dtype,
@@ -197,6 +203,8 @@ def _activated(a: Tensor, problem: Problem) -> Tensor:
     if activation.name == "gelu_tanh_mul":
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
     gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    if activation.name == "clamped_silu_mul":
+        return torch.nn.functional.silu(gate) * up
     return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
 
 

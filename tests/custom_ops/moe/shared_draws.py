@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,20 @@ def kinds() -> list[Kind]:
     return found
 
 
-def run(seed: int, draws: int) -> tuple[int, float]:
-    """How many results of routed experts had other bits than alone, and the largest relative error of shared ones."""
+def run(seed: int, draws: int, seconds: float = 60.0) -> tuple[int, int, float]:
+    """How many were drawn, of how many the routed experts had other bits than alone, and the largest relative error of
+    shared ones.
+
+    seconds: draw no further after so long, where kernels have to be compiled first.
+    """
+    until = time.monotonic() + seconds
     chance = random.Random(seed)
     torch.manual_seed(seed)
     every = kinds()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     worst = torch.zeros((), dtype=torch.float64, device="cuda")
-    for draw in range(draws):
+    drawn = 0
+    while drawn < draws and time.monotonic() < until:
         kind = chance.choice(every)
         tokens = chance.choice(TOKENS)
         weights = kind.args[1:3]
@@ -73,12 +80,13 @@ def run(seed: int, draws: int) -> tuple[int, float]:
         wrong += (routed != custom_ops.fused_moe(*call, **kind.kwargs)).any()
         alone = _shared(x, *kind.shared, torch.empty_like(x)).double()
         worst = torch.maximum(worst, (ours.double() - alone).norm() / alone.norm())
-        if draw % BETWEEN == BETWEEN - 1:
+        drawn += 1
+        if drawn % BETWEEN == 0:
             torch.cuda.synchronize()
-    return int(wrong), float(worst)
+    return drawn, int(wrong), float(worst)
 
 
 if __name__ == "__main__":
-    wrong, worst = run(int(sys.argv[1]), int(sys.argv[2]))
-    print(f"{wrong} wrong, {worst:.1e}")
+    drawn, wrong, worst = run(int(sys.argv[1]), int(sys.argv[2]))
+    print(f"{drawn} drawn, {wrong} wrong, {worst:.1e}")
     sys.exit(wrong > 0 or not worst <= 1e-2)

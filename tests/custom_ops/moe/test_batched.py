@@ -102,7 +102,7 @@ def test_no_experts_and_no_rows():
 def test_errors_name_the_argument(name, value, message):
     args, kwargs = call_of(Shape(1, 1, 3, 128, 128), 8)
     names = ("hidden_states", "counts", "gate_up", "down")
-    given = dict(zip(names, args, strict=True)) | {name: value}
+    given = dict(zip(names, args, strict=True)) | {name: value.to(args[0].device)}
     with pytest.raises(ValueError, match=message):
         custom_ops.fused_moe_batched(*given.values(), **kwargs)
 

@@ -27,7 +27,7 @@ def test_the_reference_against_float64(shape):
 
 @given(
     shapes(
-        activation=["silu_mul", "clamped_swiglu"],
+        activation=["silu_mul", "clamped_swiglu", "clamped_silu_mul"],
         weights="16_bit",
         dtype=torch.bfloat16,
         elsewhere=False,
@@ -46,7 +46,9 @@ def test_the_reference_is_what_transformers_computes(shape):
             gate, up = act.halves(y)
             if act.name == "silu_mul":
                 return torch.nn.functional.silu(gate) * up
-            gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+            gate, up = gate.clamp(max=act.limit), up.clamp(min=-act.limit, max=act.limit)
+            if act.name == "clamped_silu_mul":
+                return torch.nn.functional.silu(gate) * up
             return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
     module = Experts()

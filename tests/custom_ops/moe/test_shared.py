@@ -123,7 +123,9 @@ def test_captured_it_has_the_bits_of_a_call(tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [1, 2])
 def test_thousands_of_draws_in_a_row(seed):
-    wrong, worst = shared_draws.run(seed, 2000)
+    drawn, wrong, worst = shared_draws.run(seed, 2000)
+    print(f"{drawn} drawn, {wrong} wrong, {worst:.1e}")
+    assert drawn > shared_draws.BETWEEN
     assert wrong == 0
     assert worst <= 1e-2
 
@@ -136,7 +138,8 @@ def test_several_processes_on_one_gpu():
         subprocess.Popen([*command, str(seed), "1000"], stdout=subprocess.PIPE, text=True)
         for seed in range(3)
     ]
-    said = [process.communicate(timeout=150)[0].strip() for process in processes]
+    said = [process.communicate(timeout=90)[0].strip() for process in processes]
+    print(said)
     assert [process.returncode for process in processes] == [0, 0, 0], said
 
 

@@ -105,6 +105,40 @@ def test_a_capture_serves_adapters_that_were_loaded_after_it() -> None:
         assert_rows(actual, names, ids)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+def test_tiles_in_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that the table has for batches of large layers, which this model is too small to be given."""
+    from custom_ops.lora import hopper_batch, ways
+
+    best, shrink, launched = ways.best, hopper_batch.shrink, []
+
+    def tiled(*call: Any) -> str:
+        return ways.TILED if ways.TILED in call[-1] else best(*call)
+
+    def counted(*call: Any) -> torch.Tensor:
+        launched.append(call)
+        return shrink(*call)
+
+    monkeypatch.setenv("FUSION_PASSES", "all")
+    monkeypatch.setattr(ways, "best", tiled)
+    monkeypatch.setattr(hopper_batch, "shrink", counted)
+    manager = AdapterManager(
+        model().cuda(), max_loaded=2, max_resident=2, max_rank=16, max_tokens=64
+    )
+    for name in ("small", "two"):
+        manager.add(name, SOURCES[name])
+    ids = torch.randint(0, 20, (3, 17)).cuda()
+    manager.compile(fullgraph=True)
+    mixtures: list[list[str | None]] = [["two", None, "small"], ["small", "two", "two"]]
+    with torch.no_grad():
+        for names in mixtures:
+            assert_rows(manager(ids, adapter_names=names).clone(), names, ids)
+    assert launched
+
+
 def test_nothing_waits_for_the_gpu() -> None:
     manager = managed()
     ids = torch.randint(0, 20, (2, 3)).cuda()

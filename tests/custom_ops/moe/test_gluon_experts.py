@@ -1,0 +1,217 @@
+"""The kernels of experts whose warps have roles: the bits of the plain ones at any size and routing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import custom_ops
+from custom_ops.moe import reference
+from custom_ops.moe.activation import Activation
+from custom_ops.moe.tiles import Aligned, Tile
+from tests.custom_ops.helpers import assert_same_bits
+from tests.custom_ops.moe.problems import ROUTINGS, Shape, route, shapes
+from tests.custom_ops.moe.test_triton_experts import run
+
+pytest.importorskip("triton", reason="needs triton")
+gluon_experts = importlib.import_module("custom_ops.moe.gluon_experts")
+triton_experts = importlib.import_module("custom_ops.moe.triton_experts")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs compute capability 9.0",
+    ),
+]
+
+BLOCK = 128
+
+
+def with_roles(weights: str, stages: int = 4, band: int = 4) -> Tile:
+    return Tile(128, 64 if weights == "16_bit" else 128, 4, stages, band=band, roles=True)
+
+
+def plain(weights: str) -> Tile:
+    return Tile(128, 64 if weights == "16_bit" else 128, 8, 3, halve=True)
+
+
+class Products(NamedTuple):
+    """FP8 operands of both products, made on the GPU: a model's weights take the host too long."""
+
+    x: Tensor
+    x_scale: Tensor
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+    ids: Tensor
+    aligned: Aligned
+
+    @classmethod
+    def of(cls, tokens: int, top_k: int, experts: int, hidden: int, width: int, routing: str):
+        generator = torch.Generator("cuda").manual_seed(tokens)
+
+        def codes(*shape: int) -> Tensor:
+            values = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+            return values.normal_(generator=generator).mul_(64).to(torch.float8_e4m3fn)
+
+        def scales(*shape: int) -> Tensor:
+            return torch.rand(shape, device="cuda", generator=generator) * 1e-3 + 1e-4
+
+        ids = route(routing, tokens, experts, top_k, torch.Generator().manual_seed(tokens)).cuda()
+        return cls(
+            codes(tokens, hidden),
+            scales(tokens, hidden // BLOCK),
+            codes(experts, 2 * width, hidden),
+            scales(experts, 2 * width // BLOCK, hidden // BLOCK),
+            codes(experts, hidden, width),
+            scales(experts, hidden // BLOCK, width // BLOCK),
+            ids,
+            Aligned(*custom_ops.moe_align_block_size(ids, BLOCK, experts), BLOCK),
+        )
+
+    def refused(self) -> list[str | None]:
+        """Why the kernels with roles would not take a product."""
+        none = {"bias": None, "w_scale": self.gate_up_scale}
+        return [
+            gluon_experts.unsupported(self.x, self.gate_up, self.aligned, gate="silu_mul", **none),
+            gluon_experts.unsupported(self.down[0], self.down, self.aligned, **none),
+        ]
+
+    def first(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the rows of pairs."""
+        codes, scale = triton_experts.gate_up(
+            self.x,
+            self.gate_up,
+            self.aligned,
+            self.ids.shape[1],
+            activation=Activation("silu_mul"),
+            x_scale=self.x_scale,
+            w_scale=self.gate_up_scale,
+            quantize=True,
+            dtype=torch.bfloat16,
+            tile=tile,
+        )
+        return codes, scale
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The bits of all rows but those of padding, which hold nothing."""
+        return tensor.view(torch.uint8)[self.aligned.sorted_ids < self.ids.numel()]
+
+    def second(self, act: tuple[Tensor, Tensor], tile: Tile) -> Tensor:
+        return triton_experts.down(
+            act[0],
+            self.down,
+            self.aligned,
+            self.ids.numel(),
+            act_scale=act[1],
+            w_scale=self.down_scale,
+            dtype=torch.bfloat16,
+            tile=tile,
+        )
+
+
+# Each is compiled anew, in seconds: what is drawn are routings, which are not.
+SIZES = [  # stages, band, hidden and intermediate size
+    (4, 4, 640, 384),  # more than there is shared memory for
+    (2, 1, 128, 128),
+    (3, 2, 1024, 512),
+]
+
+
+@pytest.mark.parametrize("weights", ["16_bit", "fp8_block"])
+@pytest.mark.parametrize(("stages", "band", "hidden", "intermediate"), SIZES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_the_bits_of_the_plain_kernels(weights, stages, band, hidden, intermediate, data):
+    """Columns that fill half of a tile, a single step and a single tile, fewer pairs than programs and more."""
+    shape = data.draw(
+        shapes(
+            weights=weights,
+            activation="silu_mul",
+            dtype=torch.bfloat16,
+            tokens=[1, 7, 64, 130, 300],
+            experts=[1, 3, 9, 40],
+            hidden=hidden,
+            intermediate=intermediate,
+            interleaved=False,
+            biased=False,
+            transposed=False,
+        )
+    )
+    problem = shape.problem("cuda")
+    out = run(problem, BLOCK, *[with_roles(weights, stages, band)] * 2)
+    assert_same_bits(out, run(problem, BLOCK, *[plain(weights)] * 2))
+
+
+@pytest.mark.parametrize("weights", ["16_bit", "fp8_block"])
+def test_other_activations_and_dtypes(weights):
+    shape = Shape(
+        300, 2, 5, 256, 256, weights=weights, activation="gelu_tanh_mul", dtype=torch.float16
+    )
+    problem = shape.problem("cuda")
+    out = run(problem, BLOCK, *[with_roles(weights)] * 2)
+    assert_same_bits(out, run(problem, BLOCK, *[plain(weights)] * 2))
+
+
+@pytest.mark.parametrize("weights", ["16_bit", "fp8_block"])
+@pytest.mark.parametrize("tokens", [1, 100, 700, 3000])
+def test_against_the_reference(weights, tokens):
+    problem = Shape(tokens, 3, 9, 1024, 384, weights=weights, routing="skewed").problem("cuda")
+    out = run(problem, BLOCK, *[with_roles(weights)] * 2)
+    args, kwargs = problem.arguments()
+    expected = reference.fused_moe(*args, **kwargs).double()
+    difference = (out.double() - expected).norm() / expected.norm()
+    # The matrix units keep about 14 bits of a sum of products of FP8 codes.
+    assert float(difference) <= (2e-2 if weights == "fp8_block" else 4e-3)
+
+
+MODELS = {
+    "Qwen3-30B-A3B": (8, 128, 2048, 768),
+    "Mixtral-8x7B": (2, 8, 4096, 14336),
+    "a slice of DeepSeek-V3": (1, 32, 7168, 2048),
+}
+
+
+@pytest.mark.parametrize("routing", [r for r in ROUTINGS if r != "repeated"])
+@pytest.mark.parametrize("tokens", [1, 129, 512, 4096, 9000])
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_of_models(model, tokens, routing):
+    """Twice: which multiprocessor has which tile is another thing each time."""
+    products = Products.of(tokens, *MODELS[model], routing)
+    assert products.refused() == [None, None]
+    expected = products.first(plain("fp8_block"))
+    for _ in range(2):
+        act = products.first(with_roles("fp8_block"))
+        for ours, theirs in zip(act, expected, strict=True):
+            assert torch.equal(products.rows(ours), products.rows(theirs))
+    wanted = products.second(expected, plain("fp8_block"))
+    for _ in range(2):
+        assert_same_bits(products.second(expected, with_roles("fp8_block")), wanted)
+
+
+@pytest.mark.parametrize("weights", ["16_bit", "fp8_block"])
+def test_experts_that_are_all_elsewhere_have_no_tile(weights):
+    problem = Shape(40, 1, 4, 256, 128, weights=weights, elsewhere=True).problem("cuda")
+    problem.topk_ids.fill_(1)  # every other one is elsewhere
+    out = run(problem, BLOCK, *[with_roles(weights)] * 2)
+    assert not out.any()
+
+
+def test_a_graph_hands_out_all_tiles_at_each_replay():
+    products = Products.of(700, 8, 128, 1024, 384, "skewed")
+    expected = products.rows(products.first(with_roles("fp8_block"))[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = products.first(with_roles("fp8_block"))[0]
+    for _ in range(5):
+        captured.view(torch.uint8).zero_()
+        graph.replay()
+        assert torch.equal(products.rows(captured), expected)
