@@ -94,7 +94,7 @@ def single_cases(tiny: bool) -> Iterator[Case]:
             fusion="lora_linear",
             moved_bytes=2 * (m * k + n * k + m * n) + (4 if float32 else 2) * rank * (n + k),
             flops=2 * m * n * k + 2 * m * rank * (n + k),
-            others={"base": _base_of_single} | _ways("single", m, n, k, rank, float32),
+            others={"base": _base_of_single} | _ways("single", m, rank, float32),
             targets=(Target("of_base", bar),) if bar else (),
         )
 
@@ -194,7 +194,7 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
             moved_bytes=2 * (m * (n + k) + n * k) + 2 * min(m, adapters) * rank * (n + k),
             flops=2 * m * n * k + 2 * m * rank * (n + k),
             others={"base": _base_of_mixed, "peft_mixed": peft_mixed}
-            | _ways("batch", m, n, k, rank, False),
+            | _ways("batch", m, rank, False),
             targets=(Target("of_base", bar),) if bar else (),
         )
 
@@ -202,7 +202,7 @@ def mixed_cases(tiny: bool) -> Iterator[Case]:
 # ---- the ways -------------------------------------------------------------------------------------------------
 
 
-def _ways(kind: str, m: int, n: int, k: int, rank: int, float32: bool) -> dict[str, Any]:
+def _ways(kind: str, m: int, rank: int, float32: bool) -> dict[str, Any]:
     """Every way that takes such a call: what the table is made of."""
     device = torch.device("cuda", 0)
     if not torch.cuda.is_available():
@@ -215,9 +215,6 @@ def _ways(kind: str, m: int, n: int, k: int, rank: int, float32: bool) -> dict[s
             names += ways.DECODES
         if kind == "batch" and rank in hopper_batch.RANKS:
             names.append(ways.TILED)
-            # of a size whose product leaves multiprocessors without work; the others would have to wait for it
-            if rank == hopper_batch.NARROW_RANK and (m, n, k) == (1024, 4096, 4096):
-                names.append(ways.NARROW)
         if kind == "single" and m >= 64 and not float32:
             names.append("prefill")
             if rank <= hopper.MAX_PREFILL_OWN_RANK:

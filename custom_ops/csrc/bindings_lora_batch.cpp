@@ -10,7 +10,6 @@ constexpr char kShrink[] = "lora_shrink";
 constexpr char kExpand[] = "lora_expand";
 constexpr int64_t kShrinkStep = 256;   // channels that the warps of a block share, at least
 constexpr int64_t kExpandStep = 64;    // columns of a warp
-constexpr int64_t kMostBlocks = 1024;
 
 // The batch, for weights of that many slots and a rank.
 LoraTokens take_batch(const char* op, const Tensor& sorted_tokens, const Tensor& tiles, int64_t tokens, int64_t rank,
@@ -42,8 +41,7 @@ const int32_t* take_ranks(const char* op, const Tensor& ranks, int64_t slots, in
   return static_cast<const int32_t*>(ranks.data());
 }
 
-// (x, a to a3, ranks to ranks3, sorted_tokens, tiles, grid_tiles, split_channels, y!, dependent, blocks) -> ()
-// blocks: that take all of it, or 0 for as many as there are tiles and splits.
+// (x, a to a3, ranks to ranks3, sorted_tokens, tiles, grid_tiles, split_channels, y!, dependent) -> ()
 void shrink_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = take_tensor(stack[0]);
   const std::array<Tensor, kMaxSlices> a{take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
@@ -56,7 +54,6 @@ void shrink_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t split_channels = take_int(stack[12]);
   const Tensor y = take_tensor(stack[13]);
   const bool dependent = torch::stable::detail::to<bool>(stack[14]);
-  const int64_t blocks = take_int(stack[15]);
 
   if (float16_of(kShrink, "x", x) != Dtype::bfloat16) fail(kShrink, "x must be bfloat16");
   const int32_t device = x.device();
@@ -81,9 +78,6 @@ void shrink_op(StableIValue* stack, uint64_t, uint64_t) {
     ++p.slices;
   }
   p.batch = take_batch(kShrink, sorted_tokens, tiles, x.sizes()[0], a[0].sizes()[1], grid_tiles, device);
-  if (blocks < 0 || blocks > kMostBlocks) fail(kShrink, "blocks must be 0 to ", kMostBlocks, ", got ", blocks);
-  if (blocks > 0 && p.batch.rank != 16) fail(kShrink, "by few blocks takes a rank of 16, got ", p.batch.rank);
-  if (blocks > 0 && dependent) fail(kShrink, "by few blocks cannot be dependent on the kernel before it");
   if (y.dim() != 4 || y.dtype() != aoti_torch_dtype_float32() || y.device() != device) {
     fail(kShrink, "y must be float32 [splits, slices, tokens, rank] on the device of x");
   }
@@ -98,9 +92,7 @@ void shrink_op(StableIValue* stack, uint64_t, uint64_t) {
   p.y_slice = y.strides()[1];
   p.channels = static_cast<int>(channels);
   p.split_channels = static_cast<int>(split_channels);
-  const cudaStream_t stream = current_stream(device);
-  check_launch(kShrink, blocks > 0 ? lora_shrink_narrow(p, static_cast<int>(blocks), stream)
-                                   : lora_shrink(p, dependent, stream));
+  check_launch(kShrink, lora_shrink(p, dependent, current_stream(device)));
 }
 
 // (out!, y, b to b3, scalings, ranks, sorted_tokens, tiles, grid_tiles, early_base, dependent) -> ()
@@ -162,7 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def(
       "lora_shrink(Tensor x, Tensor a, Tensor? a1, Tensor? a2, Tensor? a3, Tensor ranks, Tensor? ranks1,"
       " Tensor? ranks2, Tensor? ranks3, Tensor sorted_tokens, Tensor tiles, int grid_tiles, int split_channels,"
-      " Tensor(a!) y, bool dependent, int blocks) -> ()");
+      " Tensor(a!) y, bool dependent) -> ()");
   m.def(
       "lora_expand(Tensor(a!) out, Tensor y, Tensor b, Tensor? b1, Tensor? b2, Tensor? b3, Tensor scalings,"
       " Tensor ranks, Tensor sorted_tokens, Tensor tiles, int grid_tiles, bool early_base, bool dependent) -> ()");

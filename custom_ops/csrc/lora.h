@@ -106,8 +106,6 @@ struct LoraExpand {
 };
 
 cudaError_t lora_shrink(const LoraShrink& args, bool dependent, cudaStream_t stream);
-// By so many blocks, for a rank of 16.
-cudaError_t lora_shrink_narrow(const LoraShrink& args, int blocks, cudaStream_t stream);
 cudaError_t lora_expand(const LoraExpand& args, bool dependent, cudaStream_t stream);
 cudaError_t lora_decode(Dtype dtype, const LoraDecode& args, int multiprocessors, cudaStream_t stream);
 cudaError_t lora_prefill(Dtype dtype, const LoraPrefill& args, int multiprocessors, cudaStream_t stream);

@@ -17,8 +17,6 @@ constexpr int kGroup = 32;  // columns that four instructions of eight columns m
 constexpr int kStep = 32;   // channels of two instructions
 constexpr int kExpandWarps = 8;
 constexpr int kShrinkWarps = 8;
-constexpr int kNarrowWarps = 16;
-constexpr int kNarrowRank = 16;
 
 #ifdef CUSTOM_OPS_HOPPER
 
@@ -37,15 +35,6 @@ __device__ __forceinline__ uint4 read_once(const void* from, uint64_t policy) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from), "l"(policy));
-  return v;
-}
-
-// Of what no kernel writes meanwhile; not kept in L1.
-__device__ __forceinline__ uint4 stream_in(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
   return v;
 }
 
@@ -164,76 +153,6 @@ __global__ void __launch_bounds__(kShrinkWarps * 32) shrink_kernel(const __grid_
 #pragma unroll
     for (int w = 1; w < kShrinkWarps; ++w) total += sums[w][r][of_tile];
     if (token >= 0) y[int64_t(token) * rank + r] = r < tile.rank ? total : 0.0f;
-  }
-#endif
-}
-
-// The same by few blocks, for the multiprocessors that a product beside it leaves free: each warp takes 16 tokens and one
-// part of the channels after the other, and needs no other warp. Not dependent: it waits for nothing.
-__global__ void __launch_bounds__(kNarrowWarps * 32, 1) narrow_shrink_kernel(const __grid_constant__ LoraShrink p) {
-#ifdef CUSTOM_OPS_HOPPER
-  constexpr int kAhead = 4;
-  const int lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
-  const int splits = (p.channels + p.split_channels - 1) / p.split_channels;
-  const int units = p.batch.grid_tiles * p.slices * splits;
-  for (int unit = threadIdx.x / 32 * gridDim.x + blockIdx.x; unit < units; unit += gridDim.x * kNarrowWarps) {
-    const int split = unit % splits, slice = unit / splits % p.slices;
-    const Tile tile = tile_of(p.batch, p.ranks[slice], unit / splits / p.slices);
-    if (!tile.used()) continue;  // of a rank of 0 zeros are written: the rank is not waited for
-    const int tokens[2] = {token_of(p.batch, tile, row), token_of(p.batch, tile, row + 8)};
-    const int from = split * p.split_channels, to = min(from + p.split_channels, p.channels);
-    // rows of x that are of no token, and those of A beyond the rank, end in sums that are not written
-    const auto* const x = static_cast<const __nv_bfloat16*>(p.x) + quarter * 8;
-    const auto* const x1 = x + max(tokens[0], 0) * p.x_row;
-    const auto* const x2 = x + max(tokens[1], 0) * p.x_row;
-    const auto* const a1 =
-        static_cast<const __nv_bfloat16*>(p.a[slice]) + tile.slot * p.a_slot + int64_t(row) * p.channels + quarter * 8;
-    const auto* const a2 = a1 + int64_t(8) * p.channels;
-    float d[2][4] = {};
-    const auto multiply_both = [&](const uint4 (&v)[4]) {
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        multiply(d[block], v[0].x, v[1].x, v[0].y, v[1].y, v[2 + block].x, v[2 + block].y);
-        multiply(d[block], v[0].z, v[1].z, v[0].w, v[1].w, v[2 + block].z, v[2 + block].w);
-      }
-    };
-    int k = from;
-#pragma unroll 1
-    for (; k + kAhead * kStep <= to; k += kAhead * kStep) {
-      uint4 v[kAhead][4];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int at = k + i * kStep;
-        v[i][0] = stream_in(x1 + at);
-        v[i][1] = stream_in(x2 + at);
-        v[i][2] = stream_in(a1 + at);
-        v[i][3] = stream_in(a2 + at);
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) multiply_both(v[i]);
-    }
-#pragma unroll 1
-    for (; k < to; k += kStep) {
-      uint4 v[4] = {};
-      if (k + quarter * 8 < to) {
-        v[0] = stream_in(x1 + k);
-        v[1] = stream_in(x2 + k);
-        v[2] = stream_in(a1 + k);
-        v[3] = stream_in(a2 + k);
-      }
-      multiply_both(v);
-    }
-    float* const y = p.y + split * p.y_split + slice * p.y_slice;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (tokens[half] < 0) continue;
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        const int r = block * 8 + quarter * 2;
-        const float2 sums{r < tile.rank ? d[block][half * 2] : 0.0f, r + 1 < tile.rank ? d[block][half * 2 + 1] : 0.0f};
-        *reinterpret_cast<float2*>(y + int64_t(tokens[half]) * kNarrowRank + r) = sums;
-      }
-    }
   }
 #endif
 }
@@ -381,12 +300,6 @@ cudaError_t lora_shrink(const LoraShrink& args, bool dependent, cudaStream_t str
   if (args.batch.rank == 32) return launch(shrink_kernel<2, 2>, args, grid, threads, dependent, stream);
   if (args.batch.rank == 64) return launch(shrink_kernel<4, 1>, args, grid, threads, dependent, stream);
   return cudaErrorInvalidValue;
-}
-
-cudaError_t lora_shrink_narrow(const LoraShrink& args, int blocks, cudaStream_t stream) {
-  if (args.batch.grid_tiles == 0 || args.channels == 0) return cudaSuccess;
-  if (args.batch.rank != kNarrowRank) return cudaErrorInvalidValue;
-  return launch(narrow_shrink_kernel, args, dim3(blocks), kNarrowWarps * 32, false, stream);
 }
 
 // Groups: as many as the registers hold of B. Columns of a warp are in one slice, whose first is a multiple of 64.

@@ -55,7 +55,7 @@ def unsupported_batch(
     tiles: Tensor,
 ) -> str | None:
     """The same of lora_linear."""
-    return _unsupported("batch", x, weight, a, b, tiles, sorted_tokens)
+    return _unsupported("batch", x, weight, a, b, tiles)
 
 
 def _unsupported(
@@ -65,7 +65,6 @@ def _unsupported(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     tiles: Tensor | None = None,
-    sorted_tokens: Tensor | None = None,
 ) -> str | None:
     columns, channels = weight.shape
     rank = a[0].shape[-2]
@@ -79,7 +78,7 @@ def _unsupported(
             f"needs N, H and rank to be multiples of {_MULTIPLE}, they are {columns}, {channels} "
             f"and {rank}"
         )
-    way = way_of(kind, x, weight, a, b, tiles, sorted_tokens)
+    way = way_of(kind, x, weight, a, b, tiles)
     if way not in ways.CUDA:
         return f"the table has Triton for {tokens} tokens, N = {columns}, H = {channels} (custom_ops/tables)"
     for name, tensor in (("x", x), ("weight", weight), ("a", a[0]), *(("b", each) for each in b)):
@@ -95,12 +94,8 @@ def way_of(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     tiles: Tensor | None = None,
-    sorted_tokens: Tensor | None = None,
 ) -> str:
-    """The fastest of the ways that take these sizes, Triton's included.
-
-    tiles: of a batch; sorted_tokens too, but of a layer by itself: no single product hides a shrink of several.
-    """
+    """The fastest of the ways that take these sizes, Triton's included. tiles: of a batch."""
     among = [*ways.WITH_BLAS]
     tokens = x.numel() // x.shape[-1]
     rank = a[0].shape[-2]
@@ -114,8 +109,6 @@ def way_of(
         among += ways.DECODES
     if tiles is not None and hopper_batch.takes(x, b, tiles):
         among.append(ways.TILED)
-        if sorted_tokens is not None and hopper_batch.narrow_takes(x, b, tiles, sorted_tokens):
-            among.append(ways.NARROW)
     if single:
         if rank <= ways.MAX_FUSED_RANK:
             among.append("fused")
@@ -265,7 +258,7 @@ def tile_of(way: str) -> tuple[int, int]:
 def load_batch() -> Any:
     """`custom_ops.lora_linear`, with the CUDA library loaded; `way` for a way other than the table's."""
     from custom_ops.lora import launch
-    from custom_ops.lora.linear import shrink_tile, side_stream
+    from custom_ops.lora.linear import shrink_tile
 
     decode, of_shrink, of_expand = map(_op, ("lora_decode", "lora_shrink", "lora_expand"))
 
@@ -283,14 +276,9 @@ def load_batch() -> Any:
         way: str | None = None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        way = way or way_of("batch", rows, weight, a, b, tiles, sorted_tokens)
+        way = way or way_of("batch", rows, weight, a, b, tiles)
         batch = launch.Tokens(ranks, sorted_tokens, tiles)
         with on_device(x):
-            if way == ways.NARROW:
-                given = rows, weight, bias, a, ranks, batch, side_stream()
-                out, y = hopper_batch.product_and_shrink(of_shrink, *given)
-                hopper_batch.expand(of_expand, out, y, b, scaling, batch, dependent=False)
-                return out.view(*x.shape[:-1], weight.shape[0])
             if way == ways.TILED:
                 out = torch.nn.functional.linear(rows, weight, bias)
                 y = hopper_batch.shrink(of_shrink, rows, a, [ranks] * len(a), batch)
@@ -323,7 +311,7 @@ def unsupported_batches(
     if len(weights) > hopper_batch.MAX_SLICES:
         return f"takes {hopper_batch.MAX_SLICES} layers at most, not {len(weights)}"
     each = zip(weights, a, b, strict=True)
-    taken = [way_of("batch", x, w, (i,), (j,), tiles) for w, i, j in each]
-    if ways.TILED in taken and not all(hopper_batch.takes(x, (each_b,), tiles) for each_b in b):
+    tiled = [way_of("batch", x, w, (i,), (j,), tiles) == ways.TILED for w, i, j in each]
+    if any(tiled) and not all(hopper_batch.takes(x, (each_b,), tiles) for each_b in b):
         return "the table has tiles for one of the layers, and they do not take all of them"
     return None

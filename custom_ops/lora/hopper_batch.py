@@ -1,16 +1,11 @@
-"""A batch beside the BLAS in CUDA C++ for Hopper: the ways "tiled" and "narrow", and several layers on one activation.
+"""A batch beside the BLAS in CUDA C++ for Hopper: the way "tiled" of `ways`, and several layers on one activation.
 
 The kernels are of `csrc/lora_batch.cu`: shrink and expand of 16 tokens of one adapter, a warp by itself. They take
 bfloat16, adapters of 16, 32 or 64 ranks at most, slices of multiples of 64 columns.
-
-Narrow: a product of 128 tiles leaves 4 of the 132 multiprocessors of an H100 without work, and a shrink of so few
-blocks takes a little less time than the product. It is on a stream of its own and launched behind the product: before
-it, both together take nearly twice as long, probably since the product does not find its multiprocessors free then.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +24,6 @@ SHRINK_CHANNELS = 256  # a block of the shrink takes a multiple of them
 SPLIT_CHANNELS = 1024  # below which a block finds too little to do
 SHRINK_BLOCKS = 512  # that there should be, if the channels can be split so often
 TILE_TOKENS = 16
-NARROW_BLOCKS = 4
-NARROW_PARTS = 4  # of the channels
-NARROW_RANK = 16
-NARROW_TILES = 128  # that there can be at most: with more the shrink ends well behind the product
-# tokens and columns of a tile of the BLAS, where it was timed beside such a shrink
-PRODUCT_TILE = ways.PRODUCT_TOKENS, 256
 
 
 def takes(x: Tensor, b: Sequence[Tensor], tiles: Tensor) -> bool:
@@ -48,26 +37,6 @@ def takes(x: Tensor, b: Sequence[Tensor], tiles: Tensor) -> bool:
         and len(b) <= MAX_SLICES
         and all(width % SLICE_COLUMNS == 0 for width in widths[:-1])
     )
-
-
-def narrow_takes(x: Tensor, b: Sequence[Tensor], tiles: Tensor, sorted_tokens: Tensor) -> bool:
-    """Whether a shrink of few blocks can run beside the product of such a batch."""
-    if b[0].shape[-1] != NARROW_RANK or not takes(x, b, tiles):
-        return False
-    tokens, columns = x.numel() // x.shape[-1], sum(each.shape[-2] for each in b)
-    most_active = tiles.shape[1] - -(-sorted_tokens.shape[0] // TILE_TOKENS)
-    if -(-tokens // TILE_TOKENS) + most_active > NARROW_TILES:
-        return False
-    product = -(-tokens // PRODUCT_TILE[0]) * -(-columns // PRODUCT_TILE[1])
-    return product + NARROW_BLOCKS <= multiprocessors(x.device)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 0 where there is none."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split_channels(tiles: int, channels: int) -> int:
@@ -86,55 +55,20 @@ def shrink(
     shape = len(a), -(-channels // each), count, rank
     y = torch.empty(shape, dtype=torch.float32, device=x.device).transpose(0, 1)
     batch = tokens.sorted_tokens, tokens.of_size(TILE_TOKENS), most
-    op(x, *_four(a), *_four(ranks), *batch, each, y, True, 0)
+    op(x, *_four(a), *_four(ranks), *batch, each, y, True)
     return y
 
 
-def product_and_shrink(
-    op: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    ranks: Tensor,
-    tokens: Tokens,
-    side: torch.cuda.Stream,
-) -> tuple[Tensor, Tensor]:
-    """The base, and the partial sums as `shrink` returns them, made on `side` while the BLAS runs."""
-    (count, channels), rank = x.shape, a[0].shape[1]
-    most = tokens.bound(count, TILE_TOKENS)
-    each = SHRINK_CHANNELS * -(-channels // (SHRINK_CHANNELS * NARROW_PARTS))
-    # of the stream of the caller, who waits for `side` before the memory can be another's; so are x and the adapters
-    y = x.new_empty((-(-channels // each), len(a), count, rank), dtype=torch.float32)
-    batch = tokens.sorted_tokens, tokens.of_size(TILE_TOKENS), most
-    main = torch.cuda.current_stream()
-    side.wait_stream(main)  # before the product is launched, or the shrink would be behind its end
-    out = torch.nn.functional.linear(x, weight, bias)
-    with torch.cuda.stream(side):
-        op(x, *_four(a), *_four([ranks] * len(a)), *batch, each, y, False, NARROW_BLOCKS)
-    main.wait_stream(side)
-    return out, y
-
-
 def expand(
-    op: Any,
-    out: Tensor,
-    y: Tensor,
-    b: Sequence[Tensor],
-    scaling: Tensor,
-    tokens: Tokens,
-    dependent: bool = True,
+    op: Any, out: Tensor, y: Tensor, b: Sequence[Tensor], scaling: Tensor, tokens: Tokens
 ) -> None:
-    """out += the low-rank product.
-
-    dependent: the kernel before it is the shrink, or an expand behind that, of what is there.
-    """
+    """out += the low-rank product. The kernel before it is the shrink, or an expand behind that, of what is there."""
     batch = (
         tokens.sorted_tokens,
         tokens.of_size(TILE_TOKENS),
         tokens.bound(out.shape[0], TILE_TOKENS),
     )
-    op(out, y, *_four(b), scaling, tokens.ranks, *batch, True, dependent)
+    op(out, y, *_four(b), scaling, tokens.ranks, *batch, True, True)
 
 
 def _four(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -10,15 +10,13 @@
 | beside      | the same, with the shrink on a stream of its own while the BLAS runs      | triton |
 | after       | the same, with the shrink after the BLAS: the expand starts while it runs | triton |
 | tiled       | after, for a batch, in CUDA C++: `csrc/lora_batch.cu`                     | cuda   |
-| narrow      | the same, with a shrink of few blocks beside the BLAS, which leaves room  | cuda   |
 
 A decode tile is C columns by one of up to B parts of the channels.
 
 `custom_ops/tables/lora_sm_90.json` has a row for each kind of call, size, rank and number of tokens that was measured,
 with the microseconds of each way. A size that was not measured takes the nearest, by the ratios of N, K, rank and
 tokens: of a size the least number of tokens that is not below its own, or the largest. Where nothing was measured:
-apart. How much room the BLAS leaves depends on its tiles: narrow counts for the sizes of its row only, and for as many
-tokens as make as many tiles.
+apart.
 """
 
 from __future__ import annotations
@@ -32,13 +30,11 @@ from typing import Any
 DECODES = ("decode 64x2", "decode 64x4", "decode 128x2", "decode 128x4")
 WITH_BLAS = ("apart", "beside", "after")
 TILED = "tiled"
-NARROW = "narrow"
-CUDA = (*DECODES, "prefill", "prefill own", TILED, NARROW)
+CUDA = (*DECODES, "prefill", "prefill own", TILED)
 WAYS = (*CUDA, "fused", *WITH_BLAS)
 MAX_FUSED_RANK = (
     64  # above it the tiles of y and B, which its loop over the rank would prefetch, find no room
 )
-PRODUCT_TOKENS = 128  # of a tile of the BLAS for many tokens
 KINDS = ("single", "single float32", "batch")
 
 
@@ -73,12 +69,7 @@ def ranked(kind: str, tokens: int, columns: int, channels: int, rank: int) -> tu
         return round(size + apart(row, m=tokens), 6), size
 
     row = min(taken.values(), key=distance)
-    same = (columns, channels, rank) == (row["n"], row["k"], row["rank"]) and (
-        -(-tokens // PRODUCT_TOKENS) == -(-row["m"] // PRODUCT_TOKENS)
-    )
-    return tuple(
-        sorted((way for way in row["us"] if same or way != NARROW), key=lambda way: row["us"][way])
-    )
+    return tuple(sorted(row["us"], key=lambda way: row["us"][way]))
 
 
 def best(

@@ -26,14 +26,13 @@ DECODES = (*ways.DECODES, "decode 128x3")
 PREFILLS = ("prefill", "prefill own")
 SINGLE_WAYS = (*DECODES, *PREFILLS, "fused", *ways.WITH_BLAS)
 BATCH_WAYS = (*DECODES, *ways.WITH_BLAS)
-IN_TILES = (ways.TILED, ways.NARROW)
-LIBRARY = (*ways.WITH_BLAS, *IN_TILES)  # the ways whose base the BLAS makes
+LIBRARY = (*ways.WITH_BLAS, ways.TILED)  # the ways whose base the BLAS makes
 
 
 @functools.cache
 def runner(kind: str, way: str):
     """The function that takes a way by its name."""
-    if way in (*DECODES, *PREFILLS, *IN_TILES):
+    if way in (*DECODES, *PREFILLS, ways.TILED):
         run = hopper.load_single() if kind == "single" else hopper.load_batch()
     else:
         run = linear.lora_linear_single if kind == "single" else linear.lora_linear
@@ -201,9 +200,9 @@ def test_batch_in_the_decode_kernel(way, call):
 
 
 @st.composite
-def tiled_calls(draw, ranks=hopper_batch.RANKS) -> Batch:
+def tiled_calls(draw) -> Batch:
     """What shrink and expand take in tiles of 16 tokens, a warp by itself: few tokens and many, of any ranks."""
-    most = draw(st.sampled_from(ranks))
+    most = draw(st.sampled_from(hopper_batch.RANKS))
     return mixed(
         draw(st.integers(10, 2**30)),
         draw(st.sampled_from((1, 15, 17, 90, 513, 1030))),
@@ -226,59 +225,6 @@ def test_batch_in_tiles(call):
 
 
 @on_hopper
-@given(call=tiled_calls((hopper_batch.NARROW_RANK,)))
-@settings(max_examples=40)
-def test_batch_with_a_shrink_of_few_blocks(call):
-    assert_batch(ways.NARROW, call)
-
-
-@on_hopper
-@pytest.mark.parametrize("adapters", [1, 8, 64])
-def test_a_shrink_of_few_blocks_beside_a_product_that_leaves_room(adapters):
-    """On a stream of the caller, as it comes and captured, while the input is written just before it."""
-    ranks = [16, 3, 0, 8, 16, 16, 1, 16] * 8
-    call, _ = mixed(11, 1000, 4096, [4096], ranks[:adapters], 16, torch.bfloat16, False, spare=24)
-    call.weight /= 64
-    there = hopper_batch.multiprocessors(call.x.device)
-    _, order, tiles = call.tensors
-    assert hopper_batch.narrow_takes(call.x, call.b, tiles, order) is (there >= 132)
-    run, x, mine = runner("batch", ways.NARROW), call.x.clone(), torch.cuda.Stream()
-    mine.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(mine):
-        call.x.zero_()
-        call.x.copy_(x)
-        out = run(*call.linear)
-    mine.synchronize()
-    assert_linear(out, call, library=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        twice = run(run(*call.linear), *call.linear[1:])
-    graph.replay()
-    assert torch.equal(twice, run(out, *call.linear[1:]))
-
-
-@on_hopper
-@pytest.mark.parametrize("way", IN_TILES)
-def test_tiles_of_no_tokens(way):
-    call, _ = mixed(3, 0, 64, [64, 128], [16], 16, torch.bfloat16, True)
-    assert runner("batch", way)(*call.linear).shape == (0, 192)
-
-
-@on_hopper
-@pytest.mark.parametrize(
-    ("rank", "dtype", "refused"),
-    [
-        (32, torch.bfloat16, "by few blocks takes a rank of 16, got 32"),
-        (16, torch.float16, "x must be bfloat16"),
-    ],
-)
-def test_what_a_shrink_of_few_blocks_refuses(rank, dtype, refused):
-    call, _ = mixed(3, 60, 64, [64], [8], rank, dtype, False)
-    with pytest.raises(ValueError, match=refused):
-        runner("batch", ways.NARROW)(*call.linear)
-
-
-@on_hopper
 def test_tiles_take_no_other_alignment():
     call, _ = mixed(3, 60, 64, [64], [16], 16, torch.bfloat16, False)
     slots, order, tiles = call.tensors
@@ -292,12 +238,11 @@ def test_tiles_take_no_other_alignment():
 @on_hopper
 @pytest.mark.parametrize(
     ("way", "dtype"),
-    [*itertools.product(BATCH_WAYS, DTYPES), *((way, torch.bfloat16) for way in IN_TILES)],
+    [*itertools.product(BATCH_WAYS, DTYPES), (ways.TILED, torch.bfloat16)],
 )
 def test_what_an_adapter_holds_reaches_no_other_tokens(way, dtype):
     """Not even what is not finite: in an adapter, and where one was whose rank was larger."""
-    most = 16 if way == ways.NARROW else 64
-    call, _ = mixed(7, 60, 256, [256], [16, 16, 3, 16], most, dtype, False)
+    call, _ = mixed(7, 60, 256, [256], [16, 16, 3, 16], 64, dtype, False)
     for b in call.b:
         b[1, 3] = float("inf")
         b[1, 5] = float("nan")
@@ -363,7 +308,7 @@ def step_of(out, delta):
 
 
 @on_hopper
-@pytest.mark.parametrize("way", [*BATCH_WAYS, *IN_TILES])
+@pytest.mark.parametrize("way", [*BATCH_WAYS, ways.TILED])
 def test_a_captured_graph_serves_other_adapters(way):
     """One capture, then other tokens for other slots, other contents of a slot, and no adapter at all."""
     ranks = [8, 16, 3, 0, 16]
@@ -387,7 +332,7 @@ def test_a_captured_graph_serves_other_adapters(way):
 @on_hopper
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [*itertools.product(("single", "batch"), BATCH_WAYS), *(("batch", way) for way in IN_TILES)],
+    [*itertools.product(("single", "batch"), BATCH_WAYS), ("batch", ways.TILED)],
 )
 def test_kernels_one_after_the_other(kind, way):
     """Each reads what the one before it wrote, many times in one graph: none may start on it too early."""

@@ -44,14 +44,6 @@ ROWS = (
         "m": 64,
         "us": {"apart": 30.0, "decode 128x4": 20.0},
     },
-    {
-        "kind": "batch",
-        "n": 4096,
-        "k": 4096,
-        "rank": 16,
-        "m": 1024,
-        "us": {"apart": 64.0, "tiled": 62.0, "narrow": 60.0},
-    },
 )
 
 
@@ -76,14 +68,6 @@ def rows(monkeypatch):
         (("single", 60, 1024, 1024, 32), ("apart", "decode 64x4")),
         (("batch", 1, 1, 1, 1), ("decode 128x4", "apart")),
         (("single float32", 1, 4096, 4096, 16), ()),
-        # what leaves room beside the product: as many tiles of it as were measured
-        (("batch", 1024, 4096, 4096, 16), ("narrow", "tiled", "apart")),
-        (("batch", 897, 4096, 4096, 16), ("narrow", "tiled", "apart")),
-        (("batch", 896, 4096, 4096, 16), ("tiled", "apart")),
-        (("batch", 1025, 4096, 4096, 16), ("tiled", "apart")),
-        (("batch", 1024, 4096, 4104, 16), ("tiled", "apart")),
-        (("batch", 1024, 4088, 4096, 16), ("tiled", "apart")),
-        (("batch", 1024, 4096, 4096, 8), ("tiled", "apart")),
     ],
 )
 def test_the_nearest_row_decides(rows, call, order):
@@ -169,35 +153,6 @@ def test_the_parts_of_the_shrink_in_tiles(tiles, channels):
 def test_what_the_kernels_for_tiles_take(dtype, rank, widths, taken):
     b = [torch.empty(2, width, rank, dtype=dtype) for width in widths]
     assert hopper_batch.takes(torch.empty(4, 64, dtype=dtype), b, torch.empty(2, 3, 4)) is taken
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rank", "there", "adapters", "way"),
-    [
-        (1024, 16, 132, 64, "narrow"),
-        (900, 16, 132, 8, "narrow"),
-        (900, 16, 132, 70, "narrow"),
-        (1024, 16, 132, 65, "tiled"),
-        (1024, 16, 131, 8, "tiled"),
-        (1024, 32, 132, 8, "tiled"),
-        (1024, 16, 0, 8, "tiled"),
-    ],
-)
-def test_where_a_shrink_of_few_blocks_is_taken(
-    rows, monkeypatch, tokens, rank, there, adapters, way
-):
-    """Where the GPU has as many multiprocessors and the batch few enough tiles, and for a layer by itself."""
-    monkeypatch.setattr(hopper_batch, "multiprocessors", lambda device: there)
-    x, weight = torch.empty(tokens, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096)
-    a, b = torch.empty(2, rank, 4096), torch.empty(2, 4096, rank)
-    tiles = torch.empty(2, 2048 // 16 + adapters, 4, dtype=torch.int32)
-    order = torch.empty(2048, dtype=torch.int32)
-    assert hopper.way_of("batch", x, weight, (a,), (b,), tiles, order) == way
-    assert hopper.way_of("batch", x, weight, (a,), (b,), tiles) == "tiled"
-
-
-def test_without_a_gpu_there_is_no_multiprocessor():
-    assert hopper_batch.multiprocessors(torch.device("cpu")) == 0
 
 
 def test_the_name_of_a_way_says_its_tile():
