@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 import custom_ops
 from custom_ops.moe import reference
 from custom_ops.moe.beside import beside
-from tests.custom_ops.helpers import DEVICE, assert_same_bits
+from tests.custom_ops.helpers import DEVICE, assert_same_bits, implementation
 from tests.custom_ops.moe import shared_draws
 from tests.custom_ops.moe.problems import Shape, shapes
 
@@ -56,7 +56,11 @@ def test_each_result_is_that_of_its_experts_alone(shape, width):
     args, kwargs = shape.call()
     shared = weights(shape, width)
     routed, ours = custom_ops.fused_moe_and_shared(*args, *shared, **kwargs)
-    assert_same_bits(routed, custom_ops.fused_moe(*args, **kwargs))
+    # without a GPU both are the reference: Triton's interpreter adds up in another order, now and then a rounding
+    routed_alone = (
+        custom_ops.fused_moe if routed.is_cuda else implementation("fused_moe", "reference")
+    )
+    assert_same_bits(routed, routed_alone(*args, **kwargs))
     assert_alike(ours, alone(args[0], *shared))
 
 
