@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench import heat
+from bench import heat_map
 from bench.results import RANKS
 
 
@@ -53,7 +53,7 @@ PAGES = (
         "quantization",
         "Quantization",
         ("quant",),
-        ("quantization", "layouts", heat.SUITE),
+        ("quantization", "layouts", heat_map.SUITE),
         ("quantization",),
     ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import heat
+from bench import heat_map
 from bench.results import RANKS, Row, Run, newest
 
 OURS, STOCK, OTHER = "#0b6e99", "#b8b8b8", "#d98c3f"
@@ -25,7 +25,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     paths = [*draw_heat(runs, folder), *moe_report.draw(runs, folder)]
     for device, pairs in newest(
-        [run for run in runs if run.suite not in (heat.SUITE, RANKS)]
+        [run for run in runs if run.suite not in (heat_map.SUITE, RANKS)]
     ).items():
         rows = [row for _, row in pairs if row.ours_us and "tokens" in row.sizes]
         for name, plot in (("bandwidth", _bandwidth), ("speedup", _speedup), ("layer", _layer)):
@@ -44,7 +44,7 @@ def file_name(plot: str, device: str) -> str:
 def draw_heat(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Of each device with a map: how many times as fast as stock `torch.compile` each op is at each size."""
     paths = []
-    for device, pairs in newest(heat.of(runs)).items():
+    for device, pairs in newest(heat_map.of(runs)).items():
         rows = [row for _, row in pairs if "of_inductor" in row.ratios]
         if rows:
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _heat(rows: Sequence[Row], device: str) -> Any:
                 ha="center",
                 va="center",
                 fontsize=6,
-                fontweight="bold" if ratio < heat.AHEAD else "normal",
+                fontweight="bold" if ratio < heat_map.AHEAD else "normal",
                 color="white" if abs(math.log2(ratio)) > 0.7 else "black",
             )
         axes.set_title(case.removeprefix("heat_"), loc="left", fontsize=9)

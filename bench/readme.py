@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from bench import heat, moe_report, pages
+from bench import heat_map, moe_report, pages
 from bench.results import FOLDER, RANKS, ROOT, Row, Run, load_all, newest
 
 README = ROOT / "README.md"
@@ -118,7 +118,9 @@ def ops(page: pages.Page) -> str:
 def headlines() -> str:
     """Per suite and GPU: how many rows stand beside stock, and how far ahead they are."""
     ahead: dict[tuple[pages.Page, str, str], list[float]] = {}
-    for device, pairs in newest([run for run in _measured() if run.suite != heat.SUITE]).items():
+    for device, pairs in newest(
+        [run for run in _measured() if run.suite != heat_map.SUITE]
+    ).items():
         for run, row in pairs:
             page = pages.of_suite(run.suite)
             if page is not None and run.suite != RANKS and "of_inductor" in row.ratios:
@@ -151,10 +153,10 @@ def performance(page: pages.Page | None = None) -> str:
     """
 
     runs = [run for run in _measured() if page in (None, pages.of_suite(run.suite))]
-    own = (heat.SUITE, RANKS)
+    own = (heat_map.SUITE, RANKS)
     devices = newest([run for run in runs if run.suite not in own])
     parts = [_device(name, pairs) for name, pairs in devices.items() if _timed(pairs)]
-    parts += [_map(name, pairs) for name, pairs in newest(heat.of(runs)).items()]
+    parts += [_map(name, pairs) for name, pairs in newest(heat_map.of(runs)).items()]
     for name, pairs in newest(moe_report.of(runs)).items():
         parts += moe_report.section(name, [row for _, row in pairs], FOLDER / "plots", table)
     ranks = newest([run for run in runs if run.suite == RANKS])
@@ -169,15 +171,15 @@ def _map(name: str, pairs: Sequence[tuple[Run, Row]]) -> str:
     rows = [row for _, row in pairs]
     counts = sorted(row.sizes["tokens"] for row in rows)
     measured = Counter(row.case for row in rows)
-    every = len(heat.WIDTHS) * len(heat.TOKENS)
+    every = len(heat_map.WIDTHS) * len(heat_map.TOKENS)
     whole = sum(count >= every for count in measured.values())
     picture = (FOLDER / "plots" / file_name("heat", name)).relative_to(ROOT)
     return "\n\n".join(
         (
             f"Ours against stock `torch.compile` on an {name}, {counts[0]} to {counts[-1]} tokens, by width; "
             f"{len(rows)} points of {len(measured)} ops, {whole} of them at all {every}. Where one is below "
-            f"{heat.AHEAD}, the fusion leaves tokens and widths like it to stock by default:",
-            table(heat.HEADS, [(f"`{op}`", *rest) for op, *rest in heat.summary(rows)]),
+            f"{heat_map.AHEAD}, the fusion leaves tokens and widths like it to stock by default:",
+            table(heat_map.HEADS, [(f"`{op}`", *rest) for op, *rest in heat_map.summary(rows)]),
             f"![how many times as fast as stock, by tokens and width]({picture})",
         )
     )

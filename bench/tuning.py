@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import heat, lora_table
+from bench import heat_map, lora_table
 from bench.results import ROOT, Row, Run, newest
 from fusion_passes.tables import NOISE
 
@@ -90,8 +90,8 @@ def _write(path: Path, table: dict[str, Any]) -> Path:
 
 
 def distil(pairs: Sequence[tuple[Run, Row]], fusions: Sequence[str]) -> dict[str, Any]:
-    rows = [row for run, row in pairs if run.suite != heat.SUITE]
-    maps = [row for run, row in pairs if run.suite == heat.SUITE]
+    rows = [row for run, row in pairs if run.suite != heat_map.SUITE]
+    maps = [row for run, row in pairs if run.suite == heat_map.SUITE]
     verdicts = {name: verdict(name, rows) for name in fusions}
     for name in UNPROVEN.keys() & verdicts.keys():
         verdicts[name] |= {"on": False, "why": UNPROVEN[name]}

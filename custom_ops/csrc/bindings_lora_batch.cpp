@@ -6,8 +6,8 @@ namespace {
 
 using namespace custom_ops;
 
-constexpr char kShrink[] = "lora_shrink";
-constexpr char kExpand[] = "lora_expand";
+constexpr char kShrink[] = "lora_batch_shrink";
+constexpr char kExpand[] = "lora_batch_expand";
 constexpr int64_t kShrinkStep = 256;   // channels that the warps of a block share, at least
 constexpr int64_t kExpandStep = 64;    // columns of a warp
 
@@ -152,11 +152,11 @@ void expand_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def(
-      "lora_shrink(Tensor x, Tensor a, Tensor? a1, Tensor? a2, Tensor? a3, Tensor ranks, Tensor? ranks1,"
+      "lora_batch_shrink(Tensor x, Tensor a, Tensor? a1, Tensor? a2, Tensor? a3, Tensor ranks, Tensor? ranks1,"
       " Tensor? ranks2, Tensor? ranks3, Tensor sorted_tokens, Tensor tiles, int grid_tiles, int split_channels,"
       " Tensor(a!) y, bool dependent) -> ()");
   m.def(
-      "lora_expand(Tensor(a!) out, Tensor y, Tensor b, Tensor? b1, Tensor? b2, Tensor? b3, Tensor scalings,"
+      "lora_batch_expand(Tensor(a!) out, Tensor y, Tensor b, Tensor? b1, Tensor? b2, Tensor? b3, Tensor scalings,"
       " Tensor ranks, Tensor sorted_tokens, Tensor tiles, int grid_tiles, bool early_base, bool dependent) -> ()");
 }
 

@@ -260,7 +260,9 @@ def load_batch() -> Any:
     from custom_ops.lora import launch
     from custom_ops.lora.linear import shrink_tile
 
-    decode, of_shrink, of_expand = map(_op, ("lora_decode", "lora_shrink", "lora_expand"))
+    decode, of_shrink, of_expand = map(
+        _op, ("lora_decode", "lora_batch_shrink", "lora_batch_expand")
+    )
 
     def run(
         x: Tensor,

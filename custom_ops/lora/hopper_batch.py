@@ -81,7 +81,7 @@ def load_linears() -> Any:
     from custom_ops.lora.linear import shrink_tile
 
     decode, of_shrink, of_expand = (
-        hopper._op(name) for name in ("lora_decode", "lora_shrink", "lora_expand")
+        hopper._op(name) for name in ("lora_decode", "lora_batch_shrink", "lora_batch_expand")
     )
 
     def run(

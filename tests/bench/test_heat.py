@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bench import ahead, heat, plots, readme, tuning
+from bench import ahead, heat, heat_map, plots, readme, tuning
 from bench.case import activation, drawn_before
 from bench.measure import Plan, measure
 from bench.results import Row, Run
@@ -25,10 +25,10 @@ from fusion_passes.registered import registry
 
 runner = CliRunner()
 CPU = torch.device("cpu")
-subsets = st.lists(st.sampled_from(heat.TOKENS), min_size=1, unique=True)
+subsets = st.lists(st.sampled_from(heat_map.TOKENS), min_size=1, unique=True)
 
 
-def run_of(*rows: Row, suite: str = heat.SUITE) -> Run:
+def run_of(*rows: Row, suite: str = heat_map.SUITE) -> Run:
     device = {"name": "GPU sm_90", "arch": "sm_90"}
     date = "2026-01-01T00:00:00+00:00"
     return Run(
@@ -44,7 +44,7 @@ def row_of(op: str, tokens: int, width: int, ratio: float) -> Row:
     return row
 
 
-@given(tokens=subsets, widths=st.lists(st.sampled_from(heat.WIDTHS), min_size=1, unique=True))
+@given(tokens=subsets, widths=st.lists(st.sampled_from(heat_map.WIDTHS), min_size=1, unique=True))
 def test_the_map_has_each_point_once_the_whole_range_first_and_then_small_ones(
     tokens: Sequence[int], widths: Sequence[int]
 ) -> None:
@@ -58,9 +58,9 @@ def test_the_map_has_each_point_once_the_whole_range_first_and_then_small_ones(
 
 
 def test_the_sizes_of_the_map() -> None:
-    assert heat.TOKENS[0] == 1
-    assert heat.TOKENS[-1] == 65536
-    assert heat.WIDTHS == (1024, 2048, 4096, 5120, 7168, 8192, 14336)
+    assert heat_map.TOKENS[0] == 1
+    assert heat_map.TOKENS[-1] == 65536
+    assert heat_map.WIDTHS == (1024, 2048, 4096, 5120, 7168, 8192, 14336)
     assert {*heat.OPS} <= {case.name for cases in suites().values() for case in cases(False)}
     assert {*heat.USUAL} <= {*heat.OPS}
 
@@ -78,9 +78,9 @@ def test_every_quantizing_fusion_has_a_map() -> None:
 )
 def test_the_summary_says_where_it_is_slowest(ratios: list[float], seed: int) -> None:
     rows = [row_of("token_quant", 2**index, 1024, ratio) for index, ratio in enumerate(ratios)]
-    ((op, ahead, _, least),) = heat.summary(rows)
+    ((op, ahead, _, least),) = heat_map.summary(rows)
     assert op == "token_quant"
-    assert ahead == f"{sum(r >= heat.AHEAD for r in ratios)} of {len(ratios)}"
+    assert ahead == f"{sum(r >= heat_map.AHEAD for r in ratios)} of {len(ratios)}"
     worst = min(range(len(ratios)), key=lambda index: ratios[index])
     assert least.startswith(f"{ratios[worst]:.2f} at ")
 
@@ -105,11 +105,11 @@ def test_the_command_measures_draws_and_stops_in_time(tmp_path) -> None:
     first = path.rename(tmp_path / "first.json")  # a file is named by the second that it began in
     late = runner.invoke(heat.app, [*common, "--minutes", "0"])
     assert late.exit_code == 0, late.output
-    assert f"0 of {len(heat.USUAL) * len(heat.TOKENS)} points" in late.output
+    assert f"0 of {len(heat.USUAL) * len(heat_map.TOKENS)} points" in late.output
     more = [*common, "--op", "token_quant", "--minutes", "0", "--no-draw", "--resume", str(first)]
     more += ["--out", str(tmp_path / "resumed")]
     rest = runner.invoke(heat.app, more)
-    assert f"0 of {len(heat.TOKENS) - 1} points" in rest.output, rest.output
+    assert f"0 of {len(heat_map.TOKENS) - 1} points" in rest.output, rest.output
     (resumed,) = (tmp_path / "resumed").glob("heat-*.json")
     assert len(json.loads(resumed.read_text())["rows"]) == 1  # what was resumed is in it too
 
@@ -197,7 +197,7 @@ def test_merged_maps_have_the_median_of_each_point(ratios: list[list[float]]) ->
         )
         for turn in range(3)
     ]
-    whole = heat.merged(runs)
+    whole = heat_map.merged(runs)
     assert len(whole.rows) == len(ratios)
     for found, row in zip(ratios, sorted(whole.rows, key=lambda r: r.sizes["tokens"]), strict=True):
         assert row.ratios["of_inductor"] == pytest.approx(statistics.median(found))
@@ -321,7 +321,7 @@ def judged(fusion: str, *ratios: float) -> Row:
 
 @given(
     ratios=st.dictionaries(
-        st.tuples(st.sampled_from(heat.TOKENS), st.sampled_from(heat.WIDTHS)),
+        st.tuples(st.sampled_from(heat_map.TOKENS), st.sampled_from(heat_map.WIDTHS)),
         st.sampled_from((0.5, 0.9, 0.96, 0.97, 1.0, 2.0)),
         min_size=1,
     )
@@ -340,7 +340,7 @@ def test_regions_hold_every_point_that_is_behind_and_no_other(ratios) -> None:
             if region["tokens"][0] <= tokens <= region["tokens"][1]
             and region["width"][0] <= width <= region["width"][1]
         ]
-        assert len(inside) == (ratio < heat.AHEAD)
+        assert len(inside) == (ratio < heat_map.AHEAD)
         assert all(region["dtype"] == "float8_e4m3fn" for region in inside)
     assert all(region["width"][0] >= min(w for _, w in ratios) for region in regions)
 

@@ -333,10 +333,10 @@ def test_compiled_library_loads_with_the_schemas_of_the_ops(
     }
     # see custom_ops/lora/hopper.py and custom_ops/moe/experts_hopper.py
     called_by_others = {
+        "lora_batch_expand",
+        "lora_batch_shrink",
         "lora_decode",
-        "lora_expand",
         "lora_prefill",
-        "lora_shrink",
         "moe_grouped_down",
         "moe_grouped_gate_up",
     }

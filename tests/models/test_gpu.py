@@ -24,6 +24,7 @@ pytest.importorskip("transformers", reason="needs the extra 'models'")
 
 SIZES = {
     "num_groups": 4,
+    "experts": 60,
     "group_size": 128,
     "hidden_size": 512,
     "intermediate_size": 640,

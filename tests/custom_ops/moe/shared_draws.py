@@ -59,7 +59,7 @@ def run(seed: int, draws: int, seconds: float = 60.0) -> tuple[int, int, float]:
     """How many were drawn, of how many the routed experts had other bits than alone, and the largest relative error of
     shared ones.
 
-    seconds: draw no further after so long, where kernels have to be compiled first.
+    seconds: once something was looked at, draw no further after so long, where kernels have to be compiled first.
     """
     until = time.monotonic() + seconds
     chance = random.Random(seed)
@@ -68,7 +68,7 @@ def run(seed: int, draws: int, seconds: float = 60.0) -> tuple[int, int, float]:
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     worst = torch.zeros((), dtype=torch.float64, device="cuda")
     drawn = 0
-    while drawn < draws and time.monotonic() < until:
+    while drawn < draws and (drawn <= BETWEEN or time.monotonic() < until):
         kind = chance.choice(every)
         tokens = chance.choice(TOKENS)
         weights = kind.args[1:3]
