@@ -118,7 +118,10 @@ def chosen(problem: Problem, experts: str) -> parts.Pipeline:
     families = [name for name in usable if name != "reference"] or ["grouped_mm"]
     pipeline, rejected = choice.decide(problem, families)
     if pipeline is None:
-        raise ValueError(f"no parts take this problem: {rejected}")
+        where = problem.hidden_states.device.type
+        raise ValueError(
+            f"no parts take this problem on {where} (--dtype bf16 leaves it out): {rejected}"
+        )
     return pipeline
 
 

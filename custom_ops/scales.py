@@ -30,6 +30,8 @@ is float32 and correctly rounded, unless a T stands before it:
                                                    | reciprocal        | fl(amax * fl(1 / MAX))
                                                    | divide_input      | T(fl(amax / MAX))
                                                    | reciprocal_input  | T(fl(amax * fl(1 / MAX)))
+                                                   | divide_full_input | divide_input, MAX being 127.5
+                                                   | reciprocal_full_input | reciprocal_input, MAX being 127.5
                                                    | divide_or_one     | divide, of 1 unless amax > 0
                                                    | reciprocal_or_one | reciprocal, of 1 unless amax > 0
     scale = max(scale, min_scale)                  in the modes ending in _input rounded to T again
@@ -37,7 +39,8 @@ is float32 and correctly rounded, unless a T stands before it:
     v     = by code_mode                           | divide            | fl(x / scale)
                                                    | reciprocal        | fl(x * fl(1 / scale))
                                                    | reciprocal_input  | T(x * T(fl(1 / scale)))
-    code  = clamp(v, -MAX, MAX) to the nearest code, ties to even
+    code  = clamp(v, -MAX, MAX) to the nearest code, ties to even; in the full modes, which only int8 has,
+            round(v) clamped to -128 .. 127
 
 `reciprocal` is what eager PyTorch computes on a GPU for `amax / 448.0`, and the modes ending in `_input`
 are what a graph computes that never leaves T; those ending in `_or_one` are `where(amax > 0, amax, 1) / 448.0`, where
@@ -94,6 +97,8 @@ SCALE_MODES = (
     "divide_or_one",
     "reciprocal_or_one",
 )
+ALL_CODES = ("divide_full_input", "reciprocal_full_input")
+INT8_SCALE_MODES = (*SCALE_MODES, *ALL_CODES)
 CODE_MODES = ("divide", "reciprocal", "reciprocal_input")
 BLOCK = 128  # side of the blocks of a weight
 GROUPS_PER_WORD = 4  # exponents in an int32 of ue8m0_packed
@@ -138,6 +143,16 @@ def pitch_of(num_tokens: int, layout: str, itemsize: int = 4) -> int:
 def code_max(dtype: torch.dtype) -> float:
     """The largest magnitude of a code: 448 for float8_e4m3fn; 127 for int8, whose -128 is not used."""
     return 448.0 if dtype == torch.float8_e4m3fn else 127.0
+
+
+def uses_all_codes(scale_mode: str) -> bool:
+    """Whether int8 codes begin at -128, and their scale is amax / 127.5."""
+    return scale_mode in ALL_CODES
+
+
+def divisor_of(dtype: torch.dtype, scale_mode: str) -> float:
+    """What a largest magnitude is divided by: MAX."""
+    return 127.5 if uses_all_codes(scale_mode) else code_max(dtype)
 
 
 def scale_strides(tokens: Sequence[int], groups: int, layout: str) -> list[int]:

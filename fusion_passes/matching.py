@@ -227,9 +227,20 @@ class Matcher:
             return False
         if operation.kind == "reduction":
             self._reduction(operation, reader)
+        base, mapping = chain[-1]
+        if (
+            pointwise
+            and _is_widened(reader, base)
+            and (widened := _cast_from_16_bits(pattern_base))
+        ):
+            # a float32 operand widens one of 16 bits, as a cast of it would
+            narrow, inner = read(widened, shape_of(pattern_base))[-1]
+            composed = index_map.compose(pattern_map or ((1, True),), inner)
+            assert composed is not None, "sizes of a pattern are products of primes"
+            pattern_base, pattern_map = narrow, composed
+            pattern_chain = [*pattern_chain, (narrow, composed)]
         if pattern_base in self.compiled.leaves:
             return self._capture(self.compiled.leaves[pattern_base], pattern_map, chain)
-        base, mapping = chain[-1]
         if uncut([node for node, _ in chain])[1] != uncut([node for node, _ in pattern_chain])[1]:
             return self._fail(
                 reader,
@@ -394,6 +405,25 @@ class Matcher:
                 )
             self.match.captured[name] = fitting
         return True
+
+
+def _is_widened(reader: fx.Node, operand: fx.Node) -> bool:
+    """Whether an operation computes in float32 what one of its operands has in 16 bits, without a cast of it."""
+    dtypes = reader.meta["val"].dtype, operand.meta["val"].dtype
+    return dtypes[0] is torch.float32 and dtypes[1] in ACTIVATION_DTYPES and not _is_cast(reader)
+
+
+def _cast_from_16_bits(node: fx.Node) -> fx.Node | None:
+    """What a node of a pattern casts to float32, where that has the activation dtype."""
+    if not _is_cast(node) or node.meta["val"].dtype is not torch.float32:
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source if source.meta["val"].dtype is torch.bfloat16 else None
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is torch.ops.prims.convert_element_type.default
 
 
 def _is_quantized(node: fx.Node) -> bool:

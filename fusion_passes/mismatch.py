@@ -11,7 +11,7 @@ from torch import fx
 
 from fusion_passes.compiled_pattern import Monomial
 from fusion_passes.index_map import IndexMap
-from fusion_passes.operations import Operation, is_tensor, shape_of
+from fusion_passes.operations import Operation, describe, is_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -80,4 +80,19 @@ def another(
                 f"{found_as(node, found)} is {given} already, where bfloat16 or float16 values that are cast to "
                 "float32 are expected"
             )
+    rounded = _rounded(node, found)
+    if rounded is not None and is_tensor(pattern_node) and expected.name != "cast":
+        theirs = found_as(rounded, describe(rounded))
+        wanted, given = (n.meta["val"].dtype for n in (pattern_node, rounded))
+        return f"expected {short(expected.name)} in {wanted}, found {theirs} in {given}"
     return f"expected {short(expected.name)}, found {found_as(node, found)}"
+
+
+def _rounded(node: fx.Node, found: Operation | None) -> fx.Node | None:
+    """The 16-bit value that a node casts to float32, or that it is a cast to."""
+    source = found.operands[0] if found is not None and found.name == "cast" else None
+    if not isinstance(source, fx.Node):
+        return None
+    wide = node.meta["val"].dtype is torch.float32
+    value = source if wide else node
+    return value if value.meta["val"].dtype in (torch.bfloat16, torch.float16) else None

@@ -15,14 +15,16 @@ from torch import fx
 
 from fusion_passes.arithmetic import MAX
 from fusion_passes.compiled_pattern import CompiledPattern, compile_pattern
-from fusion_passes.fusion import Fusion, Tensor
+from fusion_passes.fusion import Fusion, Pattern, Tensor
 from fusion_passes.matching import Matcher
 from fusion_passes.mismatch import Mismatch
 from fusion_passes.operations import (
     describe,
     escapes,
+    is_constant,
     is_tensor,
     module_path,
+    read,
     readers,
     transparent,
 )
@@ -39,11 +41,17 @@ _MOVES = {
 }  # fmt: skip
 
 
-def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[NearMiss]:
-    """The near misses of one fusion, or with ``canonical`` false of one meaning."""
+def explain(
+    fusion: Fusion, graph: fx.Graph, canonical: bool = True, whole: bool = False
+) -> list[NearMiss]:
+    """The near misses of one fusion, or with ``canonical`` false of one meaning.
+
+    whole: those alone where every operation of a pattern is, and a constraint or a shape of an input of the graph is
+    what keeps it from being a match.
+    """
     signs = [node for node in graph.nodes if gives_away(fusion, node)]
     # not traced without a need
-    spellings = fusion.patterns[: USUAL if fusion.exclusive else None]
+    spellings = _usual(fusion, signs) if fusion.exclusive else fusion.patterns
     patterns = [compile_pattern(pattern, canonical) for pattern in spellings if signs]
     misses = []
     for node in signs:
@@ -55,9 +63,11 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
             for a in [_attempt(fusion, graph, p, s, node)]
         ]
         best = max(attempts, key=_nearness, default=None)
-        # nothing but a quantization casts to float8, or rounds and casts to int8, so that alone is worth a line
+        if whole and not (best and _is_whole(best)):
+            continue
+        # nothing but a quantization casts to float8, or floats to int8, so that alone is worth a line
         alone = fusion.signature == "cast" and (
-            node.meta["val"].dtype is torch.float8_e4m3fn or _rounds(node)
+            node.meta["val"].dtype is torch.float8_e4m3fn or _is_of_floats(node)
         )
         enough = 1 if alone else THRESHOLD * (best.total if best else 0)
         if _wants_codes(fusion) and not _has_codes(node):
@@ -67,6 +77,18 @@ def explain(fusion: Fusion, graph: fx.Graph, canonical: bool = True) -> list[Nea
                 NearMiss(fusion.name, module_path(node), (best.node or node).name, best.reason)
             )
     return misses
+
+
+def _usual(fusion: Fusion, signs: list[fx.Node]) -> list[Pattern]:
+    """The first spellings of the dtypes that there are."""
+    dtypes = {None, *(node.meta["val"].dtype for node in signs)}
+    fitting = [p for p in fusion.patterns if _dtype_of(p) in dtypes]
+    return fitting[:USUAL]
+
+
+def _dtype_of(pattern: Pattern) -> torch.dtype | None:
+    """The dtype of the codes that a spelling makes; None where it has none, or is no quantization."""
+    return getattr(pattern.constants.get("spelling"), "dtype", None)
 
 
 def _nearness(attempt: Mismatch) -> tuple[float, bool, int]:
@@ -99,19 +121,14 @@ def _has_codes(node: fx.Node) -> bool:
     return False
 
 
-def _rounds(cast: fx.Node) -> bool:
-    """Whether a cast to an integer is of rounded values, clamped or not."""
-    node = cast.args[0] if cast.args else None
-    for _ in range(6):
-        operation = describe(node) if isinstance(node, fx.Node) else None
-        if operation is None or not operation.operands:
-            return False
-        if operation.name == "aten.round.default":
-            return True
-        if operation.name not in ("cast", "add") and "clamp" not in operation.name:
-            return False
-        node = operation.operands[0]
-    return False
+def _is_of_floats(cast: fx.Node) -> bool:
+    source = cast.args[0]
+    return is_tensor(source) and source.meta["val"].dtype.is_floating_point
+
+
+def _is_whole(attempt: Mismatch) -> bool:
+    given = attempt.node is not None and attempt.node.op in ("placeholder", "get_attr")
+    return attempt.whole or (given and attempt.progress == attempt.total)
 
 
 def gives_away(fusion: Fusion, node: fx.Node) -> bool:
@@ -119,8 +136,10 @@ def gives_away(fusion: Fusion, node: fx.Node) -> bool:
     operation = describe(node)
     if operation is None or operation.name not in fusion.signature.split():
         return False
-    dtype = node.meta["val"].dtype
-    return operation.name != "cast" or dtype in MAX
+    if operation.name != "cast":
+        return True
+    # a zero point of 0 is cast, too
+    return node.meta["val"].dtype in MAX and not is_constant(read(node.args[0], None)[-1][0])
 
 
 def _attempt(

@@ -180,12 +180,32 @@ def transparent(node: fx.Node) -> tuple[fx.Node, IndexMap] | None:
     if node.target in _PERMUTES:
         moved = [d for d in _permutation(node, len(shape)) if source_shape[d] != 1]
         return (source, identity) if moved == sorted(moved) else None
+    if node.target is aten.abs.default:  # as DeepGEMM takes it of a scale
+        return (source, identity) if _is_not_negative(source) else None
     if node.target is aten.mul.Tensor:  # 1.0 / x is reciprocal(x) * 1.0
         by_one = node.args[1] == 1 and not is_tensor(node.args[1])
         return (source, identity) if by_one and _same_dtype(node, source) else None
     if node.target is prims.convert_element_type.default:
         return (source, identity) if _same_dtype(node, source) else None
     return None
+
+
+def _is_not_negative(node: fx.Node) -> bool:
+    """Whether no element can have a sign, but for NaN: magnitudes, their maxima and bounds, and parts of those."""
+    while node.op == "call_function" and is_tensor(node):
+        target, args = node.target, node.args
+        if target is aten.abs.default:
+            return True
+        if target is aten.clamp_min.default:
+            return isinstance(args[1], (int, float)) and args[1] > 0
+        scaled = target in (aten.div.Tensor, aten.mul.Tensor)
+        if scaled and not (isinstance(args[1], (int, float)) and args[1] > 0):
+            return False
+        kept = _REDUCTIONS.get(target) == "amax" or target is prims.convert_element_type.default
+        if not (scaled or kept or target in _RESHAPES):
+            return False
+        node = args[0]
+    return False
 
 
 def _same_dtype(a: fx.Node, b: fx.Node) -> bool:

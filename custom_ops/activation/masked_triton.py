@@ -77,7 +77,7 @@ def silu_mul_group_quant_masked(
             BLOCK=block,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=4,
         )
     return q, scale

@@ -20,7 +20,7 @@ __device__ __forceinline__ void extend(Reach& reach, const Vec<T> (&v)[V]) {
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
       high = __hmax2_nan(high, v[i].pair[j]);
-      low = __hmax2_nan(low, __hneg2(v[i].pair[j]));
+      low = __hmin2_nan(low, v[i].pair[j]);
     }
   }
   high = __habs2(high);  // a zero may have a sign
@@ -31,16 +31,41 @@ __device__ __forceinline__ void extend(Reach& reach, const Vec<T> (&v)[V]) {
   reach.below = max(reach.below, max(low_bits & 0xffffu, low_bits >> 16));
 }
 
-// To the nearest integer, ties to even, from below 2^22.
-__device__ __forceinline__ float round_quickly(float v) {
-  constexpr float kRound = 0x1.8p23f;
-  return (v + kRound) - kRound;
-}
+__device__ __forceinline__ float clamp_code(float v) { return fminf(fmaxf(v, -128.0f), 127.0f); }
 
-// The same of any number, 0 for NaN.
+// To the nearest integer, ties to even; 0 for NaN.
 __device__ __forceinline__ float round_any(float v) { return v == v ? rintf(v) : 0.0f; }
 
-__device__ __forceinline__ float clamp_code(float v) { return fminf(fmaxf(v, -128.0f), 127.0f); }
+// Two numbers to int8 with saturation, before the two in `upper`.
+__device__ __forceinline__ uint32_t saturate_int8x2(int second, int first, uint32_t upper) {
+  uint32_t codes;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(codes) : "r"(second), "r"(first), "r"(upper));
+  return codes;
+}
+
+// Of quotients below 2^22: adding 1.5 * 2^23 rounds to an integer, ties to even, in the low bits.
+__device__ __forceinline__ uint2 quick_affine(const float (&q)[kVec], int zero_point) {
+  constexpr float kRound = 0x1.8p23f;
+  const int offset = zero_point - __float_as_int(kRound);
+  int code[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) code[i] = __float_as_int(q[i] + kRound) + offset;
+  return make_uint2(saturate_int8x2(code[1], code[0], saturate_int8x2(code[3], code[2], 0u)),
+                    saturate_int8x2(code[5], code[4], saturate_int8x2(code[7], code[6], 0u)));
+}
+
+// V vectors of a row whose scale is not a quick one, out of line as `rare_codes` is.
+template <typename T, int V>
+__device__ __noinline__ void rare_affine(Rare<T, kVec, V>& rare, float zero_point, CodeMode mode) {
+#pragma unroll 1
+  for (int i = 0; i < V; ++i) {
+    float q[kVec];
+    any_quotients(rare.v[i], rare.scale[0], mode, q);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) q[j] = clamp_code(round_any(q[j]) + zero_point);
+    rare.codes[i] = pack_codes(q, true);
+  }
+}
 
 template <typename T>
 struct RowAsymmetric {
@@ -64,11 +89,9 @@ struct RowAsymmetric {
     extend(reach, v);
     const Affine affine = affine_of(reach);
     uint8_t* const to = static_cast<uint8_t*>(out.codes) + part.row * part.cols;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const uint2 codes = codes_of_affine(v[i], affine);
+    codes_of_affine(v, affine, [&](int i, const uint2& codes) {
       if (part.has(i)) store(reinterpret_cast<uint2*>(to + part.col(i)), codes);
-    }
+    });
     if (part.exists) put_affine(part.row, affine);
   }
 
@@ -85,7 +108,10 @@ struct RowAsymmetric {
 #pragma unroll 1
     for (int64_t vec = threadIdx.x; vec < row.padded_vecs(); vec += blockDim.x) {
       const int64_t col = vec * kVec;
-      store_codes_any(to + col, codes_of_affine(value(col), affine), row.cols - col, row.aligned);
+      const Vec<T> one[1] = {value(col)};
+      codes_of_affine(one, affine, [&](int, const uint2& codes) {
+        store_codes_any(to + col, codes, row.cols - col, row.aligned);
+      });
     }
     put_affine(row.row, affine);
   }
@@ -93,8 +119,10 @@ struct RowAsymmetric {
  private:
   // Every thread of the block calls it.
   __device__ __forceinline__ Affine affine_of(const Reach& reach) const {
-    const float high = from_bits<T>(row_max<0>(reach.above));
-    const float low = -from_bits<T>(row_max<1>(reach.below));
+    uint32_t both[2] = {reach.above, reach.below};
+    row_max(both);
+    const float high = from_bits<T>(both[0]);
+    const float low = -from_bits<T>(both[1]);
     float extent = high - low;
     if (out.rule.scale_in_input) extent = round_to<T>(extent);
     Affine affine;
@@ -106,18 +134,27 @@ struct RowAsymmetric {
     return affine;
   }
 
-  __device__ __forceinline__ uint2 codes_of_affine(const Vec<T>& v, const Affine& affine) const {
-    float q[kVec];
+  // put(i, codes) of V vectors, one after the other.
+  template <int V, typename Put>
+  __device__ __forceinline__ void codes_of_affine(const Vec<T> (&v)[V], const Affine& affine, Put put) const {
     if (affine.quick) {
-      quick_quotients(v, affine.scale, reciprocal(affine.scale), out.rule, q);
+      const float r = reciprocal(affine.scale);
+      const int zero_point = static_cast<int>(affine.zero_point);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) q[i] = clamp_code(round_quickly(q[i]) + affine.zero_point);
-    } else {
-      any_quotients(v, affine.scale, out.rule.code_mode, q);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) q[i] = clamp_code(round_any(q[i]) + affine.zero_point);
+      for (int i = 0; i < V; ++i) {
+        float q[kVec];
+        quick_quotients(v[i], affine.scale, r, out.rule, q);
+        put(i, quick_affine(q, zero_point));
+      }
+      return;
     }
-    return pack_codes(q, true);
+    Rare<T, kVec, V> rare;
+#pragma unroll
+    for (int i = 0; i < V; ++i) rare.v[i] = v[i];
+    rare.scale[0] = affine.scale;
+    rare_affine(rare, affine.zero_point, out.rule.code_mode);
+#pragma unroll
+    for (int i = 0; i < V; ++i) put(i, rare.codes[i]);
   }
 
   __device__ __forceinline__ void put_affine(int64_t row, const Affine& affine) const {

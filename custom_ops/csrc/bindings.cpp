@@ -59,6 +59,7 @@ void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOpt
     out = S == Scheme::group ? empty_groups(x, options, rule, raw) : empty_tokens(x, options, rule, raw);
     check_launch(op, launch(raw));
   } else if constexpr (S == Scheme::token_asymmetric) {
+    if (rule.max != 127.0f) fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input' or '_or_one'");
     rule.max = 255.0f;
     rule.max_reciprocal = 1.0f / rule.max;
     AsymmetricQuantized raw{};

@@ -54,6 +54,8 @@ __device__ __forceinline__ QuantRule known(const QuantRule& given) {
   if (U != Usual::no) {
     rule.max = U == Usual::int8 ? 127.0f : 448.0f;
     rule.max_reciprocal = U == Usual::int8 ? 1.0f / 127.0f : 1.0f / 448.0f;
+    rule.most = rule.max;
+    rule.least = -rule.max;
     rule.min_scale = 0.0f;
     rule.code_mode = CodeMode::divide;
     rule.int8 = U == Usual::int8;
@@ -148,13 +150,17 @@ __device__ __forceinline__ void quick_quotients(const Vec<T, N>& v, float scale,
 
 // Codes for a quick scale. Unless Clamp, no |x| may be above the amax that made the scale; with Clamp, x / scale may
 // be up to 2^100.
-template <bool Clamp, typename T, int N>
+template <bool Clamp, Usual U = Usual::no, typename T, int N>
 __device__ __forceinline__ Codes<N> quick_codes(const Vec<T, N>& v, float scale, float r, const QuantRule& rule) {
   float q[N];
   quick_quotients(v, scale, r, rule, q);
   if (Clamp && rule.int8) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) q[i] = fminf(fmaxf(q[i], -rule.max), rule.max);
+    for (int i = 0; i < N; ++i) q[i] = fminf(fmaxf(q[i], rule.least), rule.most);
+  }
+  if (!Clamp && U == Usual::no) {  // by 127.5 the largest value would round up to 128
+#pragma unroll
+    for (int i = 0; i < N; ++i) q[i] = fminf(q[i], rule.most);
   }
   return pack_codes(q, rule.int8);
 }
@@ -174,12 +180,13 @@ __device__ __forceinline__ void any_quotients(const Vec<T, N>& v, float scale, C
 }
 
 template <typename T, int N>
-__device__ __forceinline__ Codes<N> any_codes(const Vec<T, N>& v, float scale, CodeMode mode, bool int8) {
+__device__ __forceinline__ Codes<N> any_codes(const Vec<T, N>& v, float scale, CodeMode mode, float least) {
+  const bool int8 = least > -448.0f;
   float q[N];
   any_quotients(v, scale, mode, q);
   if (int8) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) q[i] = q[i] == q[i] ? fminf(fmaxf(q[i], -127.0f), 127.0f) : 0.0f;
+    for (int i = 0; i < N; ++i) q[i] = q[i] == q[i] ? fminf(fmaxf(q[i], least), 127.0f) : 0.0f;
   }
   return pack_codes(q, int8);
 }
@@ -192,11 +199,11 @@ struct Rare {
   float scale[R];
 };
 
-// Codes for any scale and any values.
+// Codes for any scale and any values; least: of a code, which tells int8 from FP8.
 template <typename T, int N, int R>
-__device__ __noinline__ void rare_codes(Rare<T, N, R>& rare, CodeMode mode, bool int8) {
+__device__ __noinline__ void rare_codes(Rare<T, N, R>& rare, CodeMode mode, float least) {
 #pragma unroll 1
-  for (int i = 0; i < R; ++i) rare.codes[i] = any_codes(rare.v[i], rare.scale[i], mode, int8);
+  for (int i = 0; i < R; ++i) rare.codes[i] = any_codes(rare.v[i], rare.scale[i], mode, least);
 }
 
 // The same of amax instead of scales, which it replaces by them.
@@ -205,7 +212,7 @@ __device__ __noinline__ void rare_codes_of_amax(Rare<T, N, R>& rare, const Quant
 #pragma unroll 1
   for (int i = 0; i < R; ++i) {
     rare.scale[i] = scale_of<false, T>(rare.scale[i], rule);
-    rare.codes[i] = any_codes(rare.v[i], rare.scale[i], rule.code_mode, rule.int8);
+    rare.codes[i] = any_codes(rare.v[i], rare.scale[i], rule.code_mode, rule.least);
   }
 }
 
@@ -223,7 +230,7 @@ __device__ __forceinline__ void codes_of(const Vec<T, N> (&v)[R], const float (&
   }
   if (R == 1 || quick) {
 #pragma unroll
-    for (int i = 0; i < R; ++i) codes[i] = quick_codes<false>(v[i], scale[i], reciprocal(scale[i]), rule);
+    for (int i = 0; i < R; ++i) codes[i] = quick_codes<false, U>(v[i], scale[i], reciprocal(scale[i]), rule);
   }
   if (!quick) {
     Rare<T, N, R> rare;

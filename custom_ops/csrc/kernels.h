@@ -51,8 +51,10 @@ enum class CodeMode : int { divide, reciprocal, reciprocal_input };
 // How scales and codes come about: the keywords of a quantizing op, see custom_ops/scales.py. The same for all
 // threads of a launch, so a branch on it costs next to nothing.
 struct QuantRule {
-  float max;             // of a code: 448 or 127
+  float max;             // what a scale is amax by: 448, or 127, or 127.5 for all codes of int8
   float max_reciprocal;  // rounded to float32
+  float least;           // of a code: -448, or -127, or -128 where all codes are used
+  float most;            // of a code: 448 or 127
   float min_amax;
   float min_scale;
   float least_quick_scale;  // from here on the quick arithmetic is exact; see codes.cuh

@@ -198,19 +198,25 @@ inline QuantRule quant_rule(const char* op, const QuantOptions& options, Dtype i
   if (!rule.int8 && options.dtype != aoti_torch_dtype_float8_e4m3fn()) {
     fail(op, "dtype must be torch.float8_e4m3fn or torch.int8");
   }
-  rule.max = rule.int8 ? 127.0f : 448.0f;
+  std::string mode = options.scale_mode;
+  const bool full = mode == "divide_full_input" || mode == "reciprocal_full_input";
+  if (full && !rule.int8) fail(op, "scale_mode '", mode, "' needs dtype torch.int8");
+  if (full) mode = mode == "divide_full_input" ? "divide_input" : "reciprocal_input";
+  rule.max = !rule.int8 ? 448.0f : full ? 127.5f : 127.0f;
   rule.max_reciprocal = 1.0f / rule.max;
+  rule.least = !rule.int8 ? -448.0f : full ? -128.0f : -127.0f;
+  rule.most = rule.int8 ? 127.0f : 448.0f;
   check_bound(op, "min_amax", options.min_amax);
   check_bound(op, "min_scale", options.min_scale);
   rule.min_amax = static_cast<float>(options.min_amax);
   rule.min_scale = static_cast<float>(options.min_scale);
 
-  const std::string& mode = options.scale_mode;
   rule.scale_in_input = mode == "divide_input" || mode == "reciprocal_input";
   rule.or_one = mode == "divide_or_one" || mode == "reciprocal_or_one";
   rule.scale_divides = mode == "divide" || mode == "divide_input" || mode == "divide_or_one";
   if (!rule.scale_divides && !rule.scale_in_input && !rule.or_one && mode != "reciprocal") {
-    fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input' or '_or_one', got '", mode, "'");
+    fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input', '_full_input' or '_or_one', got '", mode,
+         "'");
   }
   if (options.code_mode == "divide") {
     rule.code_mode = CodeMode::divide;

@@ -66,29 +66,44 @@ __device__ __forceinline__ void store_codes_any(uint8_t* p, const uint2& codes, 
   }
 }
 
-// The largest of a number over a row's threads (a power of two up to 32, or a multiple of 32). A kernel may call it
-// once for each Slot.
-template <int Slot = 0>
-__device__ __forceinline__ uint32_t row_max(uint32_t v) {
-  __shared__ uint32_t largest[kMaxThreads / kWarp];
+// The largest of each of N numbers over a row's threads (a power of two up to 32, or a multiple of 32). A kernel may
+// call it once.
+template <int N>
+__device__ __forceinline__ void row_max(uint32_t (&v)[N]) {
+  __shared__ uint32_t largest[N][kMaxThreads / kWarp];
   const int threads = blockDim.x;
   if (threads < kWarp) {
 #pragma unroll
-    for (int o = kWarp / 4; o > 0; o /= 2) {
-      const uint32_t other = __shfl_xor_sync(kAllLanes, v, 2 * o);
-      if (2 * o < threads) v = max(v, other);
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int o = kWarp / 4; o > 0; o /= 2) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, v[n], 2 * o);
+        if (2 * o < threads) v[n] = max(v[n], other);
+      }
+      const uint32_t other = __shfl_xor_sync(kAllLanes, v[n], 1);
+      if (threads > 1) v[n] = max(v[n], other);
     }
-    const uint32_t other = __shfl_xor_sync(kAllLanes, v, 1);
-    return threads > 1 ? max(v, other) : v;
+    return;
   }
-  v = __reduce_max_sync(kAllLanes, v);
-  if (threads == kWarp) return v;
+#pragma unroll
+  for (int n = 0; n < N; ++n) v[n] = __reduce_max_sync(kAllLanes, v[n]);
+  if (threads == kWarp) return;
   const int warps = threads / kWarp;
   const int lane = threadIdx.x % kWarp;
-  uint32_t* const mine = largest + threadIdx.y * warps;
-  if (lane == 0) mine[threadIdx.x / kWarp] = v;
+  const int first = threadIdx.y * warps;
+  if (lane == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) largest[n][first + threadIdx.x / kWarp] = v[n];
+  }
   __syncthreads();
-  return __reduce_max_sync(kAllLanes, lane < warps ? mine[lane] : 0u);
+#pragma unroll
+  for (int n = 0; n < N; ++n) v[n] = __reduce_max_sync(kAllLanes, lane < warps ? largest[n][first + lane] : 0u);
+}
+
+__device__ __forceinline__ uint32_t row_max(uint32_t v) {
+  uint32_t one[1] = {v};
+  row_max(one);
+  return one[0];
 }
 
 // ---- sinks --------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ struct CodesFlat {
       Rare<T, N, 1> rare;
       rare.v[0] = v;
       rare.scale[0] = s;
-      rare_codes(rare, Mode, Int8);
+      rare_codes(rare, Mode, Int8 ? -127.0f : -448.0f);
       codes = rare.codes[0];
     }
     store(reinterpret_cast<Codes<N>*>(out + at), codes);

@@ -148,7 +148,7 @@ struct ToTensor {
       rare.v[i] = v[i];
       rare.scale[i] = scale;
     }
-    rare_codes(rare, out.rule.code_mode, out.rule.int8);
+    rare_codes(rare, out.rule.code_mode, out.rule.least);
 #pragma unroll
     for (int i = 0; i < R; ++i) put(i, rare.codes[i]);
   }

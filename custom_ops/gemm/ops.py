@@ -23,7 +23,7 @@ from custom_ops.scales import known
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODE_DTYPES = (torch.float8_e4m3fn, torch.int8)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPILOGUES = ("float32", "out_dtype")
+EPILOGUES = ("float32", "out_dtype", "out_dtype_between")
 # A product of two int8 codes is at most 2^14, so that an int32 holds the sum of fewer than 2^17 of them.
 MAX_INT8_K = 2**17 - 1
 
@@ -165,14 +165,15 @@ def scaled_mm(
         sum = sum_k a * b                                   int8: exact; float8: a float32
         epilogue "float32":    out = T(fl(fl(fl(sum) * a_scale) * b_scale) [+ bias, once more rounded to float32])
         epilogue "out_dtype":  out = T(T(T(sum) * a_scale) * b_scale), then T(out + bias)
+        epilogue "out_dtype_between":  out = T(T(fl(sum) * a_scale) * b_scale), then T(out + bias)
 
     The second is what eager PyTorch computes for `torch._int_mm(a, b.T) * a_scale * b_scale + bias` with 16-bit
-    scales. int8 has the same bits in every implementation and any batch. For float8, order and precision of the sum
-    are the implementation's, and cuBLASLt (which does not say in which order it multiplies the scales either) picks
-    its kernel by the number of tokens, so that a row may differ in the last bits from one batch to another. All of them
-    promote partial sums to float32, at the latest after 128 channels: cuBLASLt runs with `use_fast_accum=False`, as the
-    dequantize-and-multiply that this op stands for sums in float32. A graph that calls `torch._scaled_mm` itself keeps
-    its call, and the `use_fast_accum` that it asked for.
+    scales, the third what torchao's Int8Tensor does with float32 ones. int8 has the same bits in every implementation
+    and any batch. For float8, order and precision of the sum are the implementation's, and cuBLASLt (which does not say
+    in which order it multiplies the scales either) picks its kernel by the number of tokens, so that a row may differ
+    in the last bits from one batch to another. All of them promote partial sums to float32, at the latest after 128
+    channels: cuBLASLt runs with `use_fast_accum=False`, as the dequantize-and-multiply that this op stands for sums in
+    float32. A graph that calls `torch._scaled_mm` itself keeps its call, and the `use_fast_accum` that it asked for.
 
     Implementations: cuBLASLt (`torch._scaled_mm`; `torch._int_mm` and a kernel for the scales), Triton, reference; why
     none of FlashInfer's is among them on Hopper, `custom_ops.gemm.flashinfer_sm90` says. The tables in

@@ -44,8 +44,9 @@ def scaled_mm(
     value = (a.to(wide) @ b.to(wide).t()).float()
     rows = a_scale.float() if a_scale.numel() != 1 else a_scale.float().reshape(())
     steps = (rows, b_scale.float().flatten())
-    if epilogue == "out_dtype":
-        value = value.to(out_dtype).float()
+    if epilogue != "float32":
+        if epilogue == "out_dtype":
+            value = value.to(out_dtype).float()
         for scale in steps:
             value = (value * scale).to(out_dtype).float()
     else:

@@ -70,11 +70,12 @@ def _finish(
     in_columns,
     OUT_DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROUND_EACH: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):
     """float32 sums to the output: scaled, biased, rounded once at the end or after each step."""
-    if ROUND_EACH:
-        v = to_float32(round_to(v, OUT_DTYPE))
+    if EPILOGUE != "float32":
+        if EPILOGUE == "out_dtype":
+            v = to_float32(round_to(v, OUT_DTYPE))
         v = to_float32(round_to(v * a_scale[:, None], OUT_DTYPE))
         v = to_float32(round_to(v * b_scale[None, :], OUT_DTYPE))
     else:
@@ -107,7 +108,7 @@ def _scaled_mm(
     FEW_ROWS: tl.constexpr,
     INTEGER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROUND_EACH: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
     row_tiles = tl.cdiv(M, BLOCK_M)
@@ -157,7 +158,7 @@ def _scaled_mm(
         in_columns,
         out_ptr.dtype.element_ty,
         HAS_BIAS,
-        ROUND_EACH,
+        EPILOGUE,
     )
     tl.store(
         out_ptr + row[:, None] * N + column[None, :],
@@ -180,7 +181,7 @@ def _scale_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ROUND_EACH: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):
     column_tiles = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -200,7 +201,7 @@ def _scale_sums(
         in_columns,
         out_ptr.dtype.element_ty,
         HAS_BIAS,
-        ROUND_EACH,
+        EPILOGUE,
     )
     tl.store(out_ptr + place, out, mask=inside)
 
@@ -256,7 +257,7 @@ def scaled_mm(
             FEW_ROWS=m < chosen.m,
             INTEGER=integer,
             HAS_BIAS=bias is not None,
-            ROUND_EACH=epilogue == "out_dtype",
+            EPILOGUE=epilogue,
             NATIVE_FP8=fp8,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
@@ -293,7 +294,7 @@ def scale_sums(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             HAS_BIAS=bias is not None,
-            ROUND_EACH=epilogue == "out_dtype",
+            EPILOGUE=epilogue,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -1,13 +1,14 @@
 """Device side of `gluon_experts`: a persistent kernel whose warps have roles.
 
-Four warps load weights and rows, twice four multiply 64 rows each, and four finish: they take the sums of a tile,
-activate, quantize and write out. While one group of the multiplying warps adds up, the other keeps the matrix units
-busy, and both are at the next tile while the last one is finished. Stages go around in shared memory; a barrier says
-that one is full, another that both groups have read it. Sums lie there too, once for each group.
+Four warps load weights, rows and scales, twice four multiply 64 rows each, and four finish: they take the sums of a
+tile, activate, quantize and write out. The groups of the multiplying warps take turns at the matrix units where there
+are scales: while one adds up, the other multiplies, and both are at the next tile while the last one is finished.
+Stages go around in shared memory; a barrier says that one is full, another that both groups have read it. Sums lie
+there too, once for each group.
 
 Tiles go to whoever is free, as half blocks take half the time of whole ones: the loading warps count them in device
-memory, and tell the others which one is next. They know it a tile ahead, so that its indices are there when they turn
-to it.
+memory, and tell the others which one is next and which of its halves have a pair. They know it a tile ahead, so that
+its indices are there when they turn to it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ BLOCK_M = gl.constexpr(128)
 ROWS = gl.constexpr(64)  # of a warp group
 HALF = gl.constexpr(128)  # columns of one of the two sums of a tile
 SLOTS = gl.constexpr(4)  # tiles that were told and are not all taken
+LINEAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # Sums take 64 KiB of the 227 that a program may have, and a stage 48.
 MOST_STAGES = gl.constexpr(3)
+# Of the sixteen barriers of a program, Triton takes one for each group of warps, and one more.
+FIRST_FREE = 8
 # Triton 3.6 calls it thread_barrier, 3.7 barrier.
 _threads_wait = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -49,51 +53,74 @@ def _place(tile, blocks, column_tiles, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _tell(tile, slots, told, taken, count):
-    """Of the loading warps: the tile that is the count-th of this program after its first."""
+def _tell(tile, tiles, halves, slots, told, taken, count):
+    """Of the loading warps: the count-th tile of this program, with `halves` of `_indices`; -1 past the last."""
     slot = count % SLOTS
     mbarrier.wait(taken.index(slot), (count // SLOTS & 1) ^ 1)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slots.index(slot).store(gl.full([1], tile, gl.int32, layout=layout))
+    code = gl.where(tile < tiles, tile * 4 + halves, -1)
+    slots.index(slot).store(gl.full([1], code, gl.int32, layout=LINEAR))
     mbarrier.arrive(told.index(slot), count=1)
 
 
 @gluon.jit
 def _told(slots, told, taken, count):
-    """Of each other group of warps: what `_tell` said."""
+    """Of each other group of warps: 4 * tile + halves, as `_tell` said it, or -1."""
     slot = count % SLOTS
     mbarrier.wait(told.index(slot), count // SLOTS & 1)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    tile = gl.max(slots.index(slot).load(layout), axis=0)
+    code = gl.max(slots.index(slot).load(LINEAR), axis=0)
     mbarrier.arrive(taken.index(slot), count=1)
-    return tile
+    return code
+
+
+@gluon.jit
+def _indices(
+    tile, ids_ptr, experts_ptr, pairs, blocks, column_tiles,
+    BAND: gl.constexpr, OF_ROW: gl.constexpr,
+):  # fmt: skip
+    """Of a tile: its block and tile of columns, the expert, the pairs of its halves [ROWS] and of both [BLOCK_M].
+
+    Last, 1 for a pair in the first half, and 2 for one in the second: pairs come first in a block, then padding.
+    """
+    block, column_tile = _place(tile, blocks, column_tiles, BAND)
+    ids = ids_ptr + block * BLOCK_M
+    lane = gl.arange(0, ROWS, layout=OF_ROW)
+    halves = (gl.load(ids) < pairs).to(gl.int32) + 2 * (gl.load(ids + ROWS) < pairs).to(gl.int32)
+    return (
+        block,
+        column_tile,
+        gl.load(experts_ptr + block),
+        gl.load(ids + lane),
+        gl.load(ids + ROWS + lane),
+        gl.load(ids + gl.arange(0, BLOCK_M, layout=LINEAR)),
+        halves,
+    )
 
 
 @gluon.jit
 def _load(
-    a, a_row, w, ids_ptr, experts_ptr, padded_ptr, counter_ptr, slots, told, taken,
-    a_0, a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, rows, K,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GATHER: gl.constexpr,
+    a, a_row, a_scale_ptr, w, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, counter_ptr, slots, told, taken,
+    a_0, a_1, w_0, w_1, a_scales, w_scales_0, w_scales_1, full, empty,
+    pairs, top_k, column_tiles, columns, second, rows, K, as_row, as_block, ws_expert, ws_row, ws_block,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """What the loading warps do: two tiles of the weight to each stage, and the rows, gathered or not."""
+    """What the loading warps do: two tiles of the weight to each stage, the rows, gathered or not, and their scales."""
     ITEM: gl.constexpr = w.dtype.primitive_bitwidth // 8
     VECTOR: gl.constexpr = 16 // ITEM
     W_BYTES: gl.constexpr = 2 * HALF * BLOCK_K * ITEM
-    BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + BLOCK_M * BLOCK_K * ITEM
+    A_BYTES: gl.constexpr = ROWS * BLOCK_K * ITEM
     layout: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [4, 1], [1, 0])
-    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    of_row: gl.constexpr = gl.SliceLayout(1, layout)
     k = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)), 0)
     blocks = gl.load(padded_ptr) // BLOCK_M
     tiles = blocks * column_tiles
     step = 0
     tile = gl.program_id(0)
     after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    _tell(after, slots, told, taken, 0)
+    block, column_tile, expert, pair_0, pair_1, pair, halves = _indices(
+        tile, ids_ptr, experts_ptr, pairs, blocks, column_tiles, BAND, of_row
+    )
+    _tell(tile, tiles, halves, slots, told, taken, 0)
     count = 1
-    block, column_tile = _place(tile, blocks, column_tiles, BAND)
-    expert = gl.load(experts_ptr + block)
-    pair_0 = gl.load(ids_ptr + block * BLOCK_M + lane)
-    pair_1 = gl.load(ids_ptr + block * BLOCK_M + ROWS + lane)
     while tile < tiles:
         row_0 = expert * rows + column_tile * columns
         row_1 = row_0 + second
@@ -103,40 +130,93 @@ def _load(
             here_1 = gl.expand_dims(pair_1 < pairs, 1)
             ptrs_0 = a + gl.expand_dims((pair_0 // top_k).to(gl.int64) * a_row, 1) + k
             ptrs_1 = a + gl.expand_dims((pair_1 // top_k).to(gl.int64) * a_row, 1) + k
-        block, column_tile = _place(after, blocks, column_tiles, BAND)
-        expert = gl.load(experts_ptr + block)
-        pair_0 = gl.load(ids_ptr + block * BLOCK_M + lane)
-        pair_1 = gl.load(ids_ptr + block * BLOCK_M + ROWS + lane)
+        else:  # nor is a half that has no pair
+            whole = halves >= 2
+        if SCALED:
+            here = pair < pairs
+            row = pair // top_k if GATHER else start + gl.arange(0, BLOCK_M, layout=LINEAR)
+            a_scale_ptrs = a_scale_ptr + row.to(gl.int64) * as_row
+            first = column_tile * columns
+            # Past the last group there is no column that anyone stores.
+            other = gl.minimum((first + second) // 128, gl.cdiv(rows, 128) - 1)
+            scales = w_scale_ptr + expert.to(gl.int64) * ws_expert
+            single = gl.zeros([1], gl.int32, layout=LINEAR)
+            w_scale_ptrs_0 = scales + first // 128 * ws_row + single
+            w_scale_ptrs_1 = scales + other * ws_row + single
+        block, column_tile, expert, pair_0, pair_1, pair, halves = _indices(
+            after, ids_ptr, experts_ptr, pairs, blocks, column_tiles, BAND, of_row
+        )
         for at in range(0, K, BLOCK_K):
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, BYTES)
+            if GATHER:
+                mbarrier.expect(bar, W_BYTES)
+            else:
+                mbarrier.expect(bar, W_BYTES + 2 * A_BYTES, pred=whole)
+                mbarrier.expect(bar, W_BYTES + A_BYTES, pred=whole == 0)
             tma.async_copy_global_to_shared(w, [row_0, at], bar, w_0.index(stage))
             tma.async_copy_global_to_shared(w, [row_1, at], bar, w_1.index(stage))
             if GATHER:
                 async_copy.async_copy_global_to_shared(a_0.index(stage), ptrs_0, mask=here_0)
                 async_copy.async_copy_global_to_shared(a_1.index(stage), ptrs_1, mask=here_1)
-                # The copies report themselves: nobody waits for them here.
-                async_copy.mbarrier_arrive(bar, increment_count=False)
                 ptrs_0 += BLOCK_K
                 ptrs_1 += BLOCK_K
             else:
                 tma.async_copy_global_to_shared(a, [start, at], bar, a_0.index(stage))
-                tma.async_copy_global_to_shared(a, [start + ROWS, at], bar, a_1.index(stage))
+                tma.async_copy_global_to_shared(
+                    a, [start + ROWS, at], bar, a_1.index(stage), pred=whole
+                )
+            if SCALED:
+                async_copy.async_copy_global_to_shared(
+                    a_scales.index(stage), a_scale_ptrs, mask=here
+                )
+                async_copy.async_copy_global_to_shared(w_scales_0.index(stage), w_scale_ptrs_0)
+                async_copy.async_copy_global_to_shared(w_scales_1.index(stage), w_scale_ptrs_1)
+                a_scale_ptrs += as_block
+                w_scale_ptrs_0 += ws_block
+                w_scale_ptrs_1 += ws_block
+            if GATHER or SCALED:
+                # The copies report themselves: nobody waits for them here.
+                async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
         later = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if after < tiles:
-            _tell(later, slots, told, taken, count)
+        _tell(after, tiles, halves, slots, told, taken, count)
         count += 1
         tile = after
         after = later
 
 
+@gluon.constexpr_function
+def _of_turns(what, group):
+    return f"bar.{what} {FIRST_FREE + group}, 256; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def _turns(WHAT: gl.constexpr, GROUP_INDEX: gl.constexpr):
+    """Of a multiplying group: "sync" waits for the turn of a group, "arrive" says that it has come.
+
+    Each waits as often as the other says so. When they multiply depends on it, not what.
+    """
+    asm: gl.constexpr = _of_turns(WHAT, GROUP_INDEX)
+    nothing = gl.zeros([128], gl.int32, layout=LINEAR)
+    gl.inline_asm_elementwise(asm, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _product(rows, weight, zero, GROUP_INDEX: gl.constexpr):
+    """rows @ weight.T [ROWS, HALF], in the turn of the group."""
+    _turns("sync", GROUP_INDEX)
+    product = warpgroup_mma(rows, weight.permute((1, 0)), zero, use_acc=False, is_async=True)
+    _turns("arrive", 1 - GROUP_INDEX)
+    return warpgroup_mma_wait(0, deps=(product,))
+
+
 @gluon.jit
 def _sums(
-    a_tiles, w_0, w_1, full, empty, step, a_scale_ptrs, as_block, ws_ptr_0, ws_ptr_1, ws_block, K,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
+    a_tiles, w_0, w_1, a_scales, w_scales_0, w_scales_1, full, empty, step, K,
+    GROUP_INDEX: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """float32 sums [ROWS, HALF], twice, of a tile."""
     INSTRUCTION_K: gl.constexpr = 32 if SCALED else 16
@@ -145,54 +225,32 @@ def _sums(
     )
     sum_0 = gl.zeros([ROWS, HALF], gl.float32, layout=layout)
     sum_1 = gl.zeros([ROWS, HALF], gl.float32, layout=layout)
-    if SCALED:
-        zero = gl.zeros([ROWS, HALF], gl.float32, layout=layout)
-        # Scales are read one step ahead: memory is slower than a step.
-        a_scale = gl.load(a_scale_ptrs)
-        w_scale_0 = gl.load(ws_ptr_0)
-        w_scale_1 = gl.load(ws_ptr_1)
-        for at in range(0, K, BLOCK_K):
-            more = at + BLOCK_K < K
-            a_scale_ptrs += as_block
-            ws_ptr_0 += ws_block
-            ws_ptr_1 += ws_block
-            a_next = gl.load(a_scale_ptrs, mask=more, other=0.0)
-            next_0 = gl.load(ws_ptr_0, mask=more, other=0.0)
-            next_1 = gl.load(ws_ptr_1, mask=more, other=0.0)
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            if GATHER:  # what threads have copied, for the matrix units
-                fence_async_shared()
-            tile = a_tiles.index(stage)
-            product = warpgroup_mma(
-                tile, w_0.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
-            product = warpgroup_mma_wait(0, deps=(product,))
+    zero = gl.zeros([ROWS, HALF], gl.float32, layout=layout)
+    for at in range(0, K, BLOCK_K):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        if GATHER:  # what threads have copied, for the matrix units
+            fence_async_shared()
+        tile = a_tiles.index(stage)
+        if SCALED:
+            rows_of_group = a_scales.index(stage).slice(GROUP_INDEX * ROWS, ROWS)
+            a_scale = rows_of_group.load(gl.SliceLayout(1, layout))
+            w_scale_0 = gl.max(w_scales_0.index(stage).load(LINEAR), axis=0)
+            w_scale_1 = gl.max(w_scales_1.index(stage).load(LINEAR), axis=0)
+            product = _product(tile, w_0.index(stage), zero, GROUP_INDEX)
             sum_0 += product * gl.expand_dims(a_scale * w_scale_0, 1)
-            product = warpgroup_mma(
-                tile, w_1.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
-            product = warpgroup_mma_wait(0, deps=(product,))
+            product = _product(tile, w_1.index(stage), zero, GROUP_INDEX)
             mbarrier.arrive(empty.index(stage), count=1)
             sum_1 += product * gl.expand_dims(a_scale * w_scale_1, 1)
-            a_scale = a_next
-            w_scale_0 = next_0
-            w_scale_1 = next_1
-            step += 1
-    else:
-        for at in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            if GATHER:  # what threads have copied, for the matrix units
-                fence_async_shared()
-            tile = a_tiles.index(stage)
+        else:
             sum_0 = warpgroup_mma(tile, w_0.index(stage).permute((1, 0)), sum_0, is_async=True)
             sum_1 = warpgroup_mma(tile, w_1.index(stage).permute((1, 0)), sum_1, is_async=True)
             # The two products of the step before are done, and its stage is free.
             sum_0, sum_1 = warpgroup_mma_wait(2, deps=(sum_0, sum_1))
             if at > 0:
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            step += 1
+        step += 1
+    if not SCALED:
         sum_0, sum_1 = warpgroup_mma_wait(0, deps=(sum_0, sum_1))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
     return sum_0, sum_1, step
@@ -267,12 +325,12 @@ def _finish_pairs(sums_0, sums_1, out_ptr, ids_ptr, start, first, pairs, N, PIEC
 
 @gluon.jit
 def _finish_group(
-    sums_0, sums_1, done, free, handed, out_ptr, out_scale_ptr, ids_ptr, start, column_tile, columns,
+    here, sums_0, sums_1, done, free, handed, out_ptr, out_scale_ptr, ids_ptr, start, column_tile, columns,
     pairs, width, min_amax,
     PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
 ):  # fmt: skip
     """What a multiplying group hands over, if its rows have a pair; how often it has handed anything over by then."""
-    if gl.load(ids_ptr + start) < pairs:
+    if here != 0:
         mbarrier.wait(done, handed & 1)
         if GATE == "none":
             _finish_pairs(
@@ -297,100 +355,61 @@ def _finish(
 ):  # fmt: skip
     """What the finishing warps do, while the others are at the next tile."""
     blocks = gl.load(padded_ptr) // BLOCK_M
-    tiles = blocks * column_tiles
     handed_0 = 0
     handed_1 = 0
     count = 0
-    tile = gl.program_id(0)
-    while tile < tiles:
-        block, column_tile = _place(tile, blocks, column_tiles, BAND)
+    code = _told(slots, told, taken, count)
+    while code >= 0:
+        block, column_tile = _place(code >> 2, blocks, column_tiles, BAND)
         start = block * BLOCK_M
         handed_0 = _finish_group(
-            g0_0, g0_1, done.index(0), free.index(0), handed_0, out_ptr, out_scale_ptr, ids_ptr, start,
+            code & 1, g0_0, g0_1, done.index(0), free.index(0), handed_0, out_ptr, out_scale_ptr, ids_ptr, start,
             column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
         )  # fmt: skip
         handed_1 = _finish_group(
-            g1_0, g1_1, done.index(1), free.index(1), handed_1, out_ptr, out_scale_ptr, ids_ptr, start + ROWS,
+            code & 2, g1_0, g1_1, done.index(1), free.index(1), handed_1, out_ptr, out_scale_ptr, ids_ptr, start + ROWS,
             column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
         )  # fmt: skip
-        tile = _told(slots, told, taken, count)
         count += 1
+        code = _told(slots, told, taken, count)
 
 
 @gluon.jit
 def _multiply(
-    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken, sums_0, sums_1, done, free,
-    a_tiles, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, width, K,
-    as_row, as_block, ws_expert, ws_row, ws_block,
-    GROUP_INDEX: gl.constexpr, T: gl.constexpr, GATE: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, GATHER: gl.constexpr, SCALED: gl.constexpr,
+    slots, told, taken, sums_0, sums_1, done, free, a_tiles, w_0, w_1, a_scales, w_scales_0, w_scales_1, full, empty, K,
+    GROUP_INDEX: gl.constexpr, T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """What the multiplying warps of a group do: 64 rows of each block."""
-    blocks = gl.load(padded_ptr) // BLOCK_M
-    tiles = blocks * column_tiles
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32 if SCALED else 16]
-    )
-    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     step = 0
     count = 0
     handed = 0
-    tile = gl.program_id(0)
-    block, column_tile = _place(tile, blocks, column_tiles, BAND)
-    start = block * BLOCK_M + GROUP_INDEX * ROWS
-    expert = gl.load(experts_ptr + block)
-    pair_0 = gl.load(ids_ptr + start)
-    pair = gl.load(ids_ptr + start + lane)
-    while tile < tiles:
-        tile = _told(slots, told, taken, count)
-        count += 1
-        next_block, next_column = _place(tile, blocks, column_tiles, BAND)
-        next_start = next_block * BLOCK_M + GROUP_INDEX * ROWS
-        next_expert = gl.load(experts_ptr + next_block)
-        next_0 = gl.load(ids_ptr + next_start)
-        next_pair = gl.load(ids_ptr + next_start + lane)
-        first = column_tile * columns
-        # Pairs come first in a block, then padding: of a block that is half full, the second half is nothing.
-        if pair_0 < pairs:
-            a_scale_ptrs = a_scale_ptr
-            ws_ptr_0 = w_scale_ptr
-            ws_ptr_1 = w_scale_ptr
-            if SCALED:
-                row = start + lane
-                if GATHER:
-                    row = gl.where(pair < pairs, pair // top_k, 0)
-                a_scale_ptrs = a_scale_ptr + row.to(gl.int64) * as_row
-                scales = w_scale_ptr + expert.to(gl.int64) * ws_expert
-                ws_ptr_0 = scales + first // 128 * ws_row
-                # Past the last block there is no column that anyone stores.
-                most = gl.cdiv(width if GATE == "none" else 2 * width, 128) - 1
-                ws_ptr_1 = scales + gl.minimum((first + second) // 128, most) * ws_row
+    if SCALED and GROUP_INDEX == 1:
+        _turns("arrive", 0)  # which is the first
+    code = _told(slots, told, taken, count)
+    while code >= 0:
+        if (code >> GROUP_INDEX) & 1:
             sum_0, sum_1, step = _sums(
-                a_tiles, w_0, w_1, full, empty, step, a_scale_ptrs, as_block, ws_ptr_0, ws_ptr_1, ws_block, K,
-                BLOCK_K, STAGES, GATHER, SCALED,
+                a_tiles, w_0, w_1, a_scales, w_scales_0, w_scales_1, full, empty, step, K,
+                GROUP_INDEX, BLOCK_K, STAGES, GATHER, SCALED,
             )  # fmt: skip
-            _hand(
-                sum_0,
-                sum_1,
-                sums_0,
-                sums_1,
-                done.index(GROUP_INDEX),
-                free.index(GROUP_INDEX),
-                handed,
-                T,
-            )
+            of_done, of_free = done.index(GROUP_INDEX), free.index(GROUP_INDEX)
+            _hand(sum_0, sum_1, sums_0, sums_1, of_done, of_free, handed, T)
             handed += 1
         else:
             for _ in range(0, K, BLOCK_K):
                 stage = step % STAGES
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
                 mbarrier.arrive(empty.index(stage), count=1)
+                if SCALED:
+                    for _ in gl.static_range(2):
+                        _turns("sync", GROUP_INDEX)
+                        _turns("arrive", 1 - GROUP_INDEX)
                 step += 1
-        start = next_start
-        column_tile = next_column
-        expert = next_expert
-        pair_0 = next_0
-        pair = next_pair
+        count += 1
+        code = _told(slots, told, taken, count)
+    if SCALED and GROUP_INDEX == 0:
+        _turns("sync", 0)  # that nothing is left of it
 
 
 @gluon.jit(do_not_specialize=["pairs"])
@@ -410,16 +429,20 @@ def grouped(
     a_1 = gl.allocate_shared_memory(w.dtype, [STAGES, ROWS, BLOCK_K], shared)
     w_0 = gl.allocate_shared_memory(w.dtype, [STAGES, HALF, BLOCK_K], shared)
     w_1 = gl.allocate_shared_memory(w.dtype, [STAGES, HALF, BLOCK_K], shared)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
+    w_scales_0 = gl.allocate_shared_memory(gl.float32, [STAGES, 1], plain)
+    w_scales_1 = gl.allocate_shared_memory(gl.float32, [STAGES, 1], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    slots = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slots = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], plain)
     told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(told.index(slot), count=1)
         mbarrier.init(taken.index(slot), count=3)
-    # One arrival tells how many bytes come; each loading thread tells of the rows that it gathers.
-    ARRIVALS: gl.constexpr = 129 if GATHER else 1
+    # One arrival tells how many bytes come; each loading thread tells of the rows and scales that it copies.
+    ARRIVALS: gl.constexpr = 129 if GATHER or SCALED else 1
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=2)
@@ -440,27 +463,24 @@ def grouped(
             (
                 _multiply,
                 (
-                    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken,
-                    g0_0, g0_1, done, free, a_0, w_0, w_1, full, empty,
-                    pairs, top_k, column_tiles, columns, second, width, K,
-                    as_row, as_block, ws_expert, ws_row, ws_block, 0, T, GATE, BLOCK_K, STAGES, BAND, GATHER, SCALED,
+                    slots, told, taken, g0_0, g0_1, done, free, a_0, w_0, w_1,
+                    a_scales, w_scales_0, w_scales_1, full, empty, K, 0, T, BLOCK_K, STAGES, GATHER, SCALED,
                 ),
             ),
             (
                 _multiply,
                 (
-                    a_scale_ptr, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, slots, told, taken,
-                    g1_0, g1_1, done, free, a_1, w_0, w_1, full, empty,
-                    pairs, top_k, column_tiles, columns, second, width, K,
-                    as_row, as_block, ws_expert, ws_row, ws_block, 1, T, GATE, BLOCK_K, STAGES, BAND, GATHER, SCALED,
+                    slots, told, taken, g1_0, g1_1, done, free, a_1, w_0, w_1,
+                    a_scales, w_scales_0, w_scales_1, full, empty, K, 1, T, BLOCK_K, STAGES, GATHER, SCALED,
                 ),
             ),
             (
                 _load,
                 (
-                    a, a_row, w, ids_ptr, experts_ptr, padded_ptr, counter_ptr, slots, told, taken,
-                    a_0, a_1, w_0, w_1, full, empty, pairs, top_k, column_tiles, columns, second, rows, K,
-                    BLOCK_K, STAGES, BAND, GATHER,
+                    a, a_row, a_scale_ptr, w, w_scale_ptr, ids_ptr, experts_ptr, padded_ptr, counter_ptr,
+                    slots, told, taken, a_0, a_1, w_0, w_1, a_scales, w_scales_0, w_scales_1, full, empty,
+                    pairs, top_k, column_tiles, columns, second, rows, K,
+                    as_row, as_block, ws_expert, ws_row, ws_block, BLOCK_K, STAGES, BAND, GATHER, SCALED,
                 ),
             ),
             (

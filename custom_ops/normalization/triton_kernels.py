@@ -256,7 +256,7 @@ def _launch(
             ONE_TILE=size <= tile,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=min(max(tile // 1024, 1), 16),
         )
     return kept + sums

@@ -66,7 +66,7 @@ def block_quant(
             SIDE=BLOCK,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=8,
         )
     return q, scale

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.library import require
-from custom_ops.scales import CODE_DTYPES, CODE_MODES, SCALE_MODES, known
+from custom_ops.scales import CODE_DTYPES, CODE_MODES, INT8_SCALE_MODES, SCALE_MODES, known
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -81,9 +81,10 @@ def check_scales(
     min_amax: float,
     min_scale: float,
     scale_mode: str,
+    full: bool,
 ) -> None:
-    """How scales are made: the arguments of every dynamic quantization."""
+    """How scales are made: the arguments of every dynamic quantization; ``full``: whether codes may begin at -128."""
     check_choice(op, "scale_format", scale_format, formats)
-    check_choice(op, "scale_mode", scale_mode, SCALE_MODES)
+    check_choice(op, "scale_mode", scale_mode, INT8_SCALE_MODES if full else SCALE_MODES)
     check_bound(op, "min_amax", min_amax)
     check_bound(op, "min_scale", min_scale)

@@ -2,15 +2,16 @@
 
 The keywords are the same wherever they appear, and `custom_ops.scales` says what each does to the bits:
 
-| keyword      | accepted                                              | meaning                           |
-| ------------ | ----------------------------------------------------- | --------------------------------- |
-| scale_layout | row_major, column_major, column_major_tma             | strides of the scale              |
-| min_amax     | a finite number >= 0                                  | lower bound of a group's amax     |
-| dtype        | torch.float8_e4m3fn, torch.int8                       | dtype of the codes                |
-| scale_format | float32, ue8m0, ue8m0_packed                          | what a scale is                   |
-| min_scale    | a finite number >= 0                                  | lower bound of a scale            |
-| scale_mode   | divide, reciprocal, each alone or with _input, _or_one | how a scale comes of amax        |
-| code_mode    | divide, reciprocal, reciprocal_input                  | how a code comes of x and a scale |
+| keyword      | accepted                                                | meaning                           |
+| ------------ | ------------------------------------------------------- | --------------------------------- |
+| scale_layout | row_major, column_major, column_major_tma               | strides of the scale              |
+| min_amax     | a finite number >= 0                                    | lower bound of a group's amax     |
+| dtype        | torch.float8_e4m3fn, torch.int8                         | dtype of the codes                |
+| scale_format | float32, ue8m0, ue8m0_packed                            | what a scale is                   |
+| min_scale    | a finite number >= 0                                    | lower bound of a scale            |
+| scale_mode   | divide, reciprocal, each alone or with _input, _or_one; | how a scale comes of amax         |
+|              | of int8 with _full_input, too                           |                                   |
+| code_mode    | divide, reciprocal, reciprocal_input                    | how a code comes of x and a scale |
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def token_quant(
     scale, float32, [..., 1], both contiguous, as `group_quant` with one group of K channels.
 
     torchao's float8 PerRow is min_amax 0 and scale_mode "reciprocal_input" on a GPU; its int8 is min_amax 0,
-    min_scale 1e-5, scale_mode "divide_input" or "reciprocal_input" and code_mode "reciprocal_input". Every
-    implementation equals the reference bit for bit. Raises ValueError for another dtype, K of 0 or another
+    min_scale 1e-5, scale_mode "divide_input" or "reciprocal_input" and code_mode "reciprocal_input" in version 1 of
+    its configuration, and min_scale 2^-23, scale_mode "reciprocal_full_input" and code_mode "reciprocal" in version 2.
+    Every implementation equals the reference bit for bit. Raises ValueError for another dtype, K of 0 or another
     value of a keyword.
     """
     return torch.ops.custom_ops.token_quant(
@@ -188,7 +190,9 @@ def check_group(
     check_activation(op, name, x)
     check_choice(op, "group_size", group_size, GROUP_SIZES)
     check_choice(op, "scale_layout", scale_layout, SCALE_LAYOUTS)
-    check_scales(op, scale_format, SCALE_FORMATS, min_amax, min_scale, scale_mode)
+    check_scales(
+        op, scale_format, SCALE_FORMATS, min_amax, min_scale, scale_mode, dtype == torch.int8
+    )
     check_codes(op, dtype, code_mode)
     if scale_format == "ue8m0_packed" and scale_layout != "column_major_tma":
         raise ValueError(
@@ -233,7 +237,7 @@ def check_dynamic(
 ) -> None:
     """The arguments of a dynamic quantization whose scales are not packed."""
     check_activation(op, name, x)
-    check_scales(op, scale_format, _UNPACKED, min_amax, min_scale, scale_mode)
+    check_scales(op, scale_format, _UNPACKED, min_amax, min_scale, scale_mode, dtype == torch.int8)
     check_codes(op, dtype, code_mode)
 
 
@@ -250,7 +254,7 @@ def _check_token(
     code_mode: str,
 ) -> None:
     check_activation(op, name, x)
-    check_scales(op, scale_format, _UNPACKED, min_amax, min_scale, scale_mode)
+    check_scales(op, scale_format, _UNPACKED, min_amax, min_scale, scale_mode, dtype == torch.int8)
     check_codes(op, dtype, code_mode)
     check_channels(op, name, x)
 

@@ -10,8 +10,10 @@ from custom_ops.scales import (
     DEFAULT_MIN_AMAX,
     GROUPS_PER_WORD,
     code_max,
+    divisor_of,
     to_contiguous,
     to_layout,
+    uses_all_codes,
 )
 
 
@@ -31,7 +33,7 @@ def group_quant(
     groups = x.unflatten(-1, (x.shape[-1] // group_size, group_size))
     amax = groups.abs().amax(-1)
     scale = scale_of(amax, min_amax, dtype, scale_format, min_scale, scale_mode)
-    codes = encode(groups, scale.unsqueeze(-1), dtype, code_mode).flatten(-2)
+    codes = encode(groups, scale.unsqueeze(-1), dtype, code_mode, scale_mode).flatten(-2)
     if scale_format == "ue8m0_packed":
         scale = pack_exponents(scale)
     return to_contiguous(codes), to_layout(scale, scale_layout)
@@ -50,7 +52,7 @@ def token_quant(
     """`custom_ops.token_quant`."""
     amax = x.abs().amax(-1, keepdim=True)
     scale = scale_of(amax, min_amax, dtype, scale_format, min_scale, scale_mode)
-    return to_contiguous(encode(x, scale, dtype, code_mode)), to_contiguous(scale)
+    return to_contiguous(encode(x, scale, dtype, code_mode, scale_mode)), to_contiguous(scale)
 
 
 def tensor_quant(
@@ -66,7 +68,7 @@ def tensor_quant(
     """`custom_ops.tensor_quant`."""
     amax = (x.abs().amax() if x.numel() else x.new_zeros(())).reshape(1)
     scale = scale_of(amax, min_amax, dtype, scale_format, min_scale, scale_mode)
-    return to_contiguous(encode(x, scale, dtype, code_mode)), scale
+    return to_contiguous(encode(x, scale, dtype, code_mode, scale_mode)), scale
 
 
 def tensor_quant_static(
@@ -97,7 +99,7 @@ def block_quant(
     amax = blocks.abs().amax((1, 3))
     scale = scale_of(amax, min_amax, dtype, scale_format, min_scale, scale_mode)
     each = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return to_contiguous(encode(x, each, dtype, code_mode)), to_contiguous(scale)
+    return to_contiguous(encode(x, each, dtype, code_mode, scale_mode)), to_contiguous(scale)
 
 
 def token_quant_asymmetric(
@@ -126,7 +128,7 @@ def scale_of(
 ) -> Tensor:
     """float32 scales from the largest magnitudes of groups, in the dtype of what is quantized."""
     bounded = amax.float().clamp(min=min_amax)
-    scale = divide_by(bounded, code_max(dtype), amax.dtype, min_scale, scale_mode)
+    scale = divide_by(bounded, divisor_of(dtype, scale_mode), amax.dtype, min_scale, scale_mode)
     return scale if scale_format == "float32" else power_of_two(scale)
 
 
@@ -164,9 +166,12 @@ def pack_exponents(scale: Tensor) -> Tensor:
     return torch.nn.functional.pad(exponents, (0, missing)).contiguous().view(torch.int32)
 
 
-def encode(x: Tensor, scale: Tensor, dtype: torch.dtype, code_mode: str) -> Tensor:
-    """Codes of x, given float32 scales that broadcast with it."""
-    v = quotients(x, scale, code_mode).clamp(-code_max(dtype), code_max(dtype))
+def encode(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, code_mode: str, scale_mode: str = "divide"
+) -> Tensor:
+    """Codes of x, given float32 scales that broadcast with it and how those were made."""
+    least = -128.0 if uses_all_codes(scale_mode) else -code_max(dtype)
+    v = quotients(x, scale, code_mode).clamp(least, code_max(dtype))
     return (integers(v) if dtype == torch.int8 else v).to(dtype)
 
 

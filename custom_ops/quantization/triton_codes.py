@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.scales import code_max
+from custom_ops.scales import divisor_of
 from custom_ops.triton_math import INTERPRET, encode_e4m3, native_fp8, round_to, to_float32
 
 # Between these scales, dividing by the reciprocal and correcting by the residual is exact: the scale and its
@@ -27,10 +27,12 @@ _ROUNDING = tl.constexpr(12582912.0)
 _ROUNDING_BITS = tl.constexpr(0x4B400000)
 
 
-def code_constants(x: Tensor, dtype: torch.dtype, code_mode: str) -> dict[str, Any]:
+def code_constants(
+    x: Tensor, dtype: torch.dtype, code_mode: str, scale_mode: str = "divide"
+) -> dict[str, Any]:
     """What a kernel has to know at compile time to make codes of x."""
     return {
-        "CODE_MAX": code_max(dtype),
+        "CODE_MAX": divisor_of(dtype, scale_mode),
         "INT8": dtype == torch.int8,
         "CODE_MODE": code_mode,
         "NATIVE_FP8": native_fp8(x),
@@ -63,15 +65,20 @@ def divide_by(extent, NUMBER: tl.constexpr, min_scale, T: tl.constexpr, SCALE_MO
     number = tl.full(extent.shape, NUMBER, tl.float32)
     if SCALE_MODE == "divide_or_one" or SCALE_MODE == "reciprocal_or_one":
         extent = tl.where(extent > 0.0, extent, 1.0)
-    if SCALE_MODE == "divide" or SCALE_MODE == "divide_input" or SCALE_MODE == "divide_or_one":
+    DIVIDES: tl.constexpr = SCALE_MODE == "divide" or SCALE_MODE == "divide_or_one"
+    DIVIDES_INPUT: tl.constexpr = SCALE_MODE == "divide_input" or SCALE_MODE == "divide_full_input"
+    TIMES_INPUT: tl.constexpr = (
+        SCALE_MODE == "reciprocal_input" or SCALE_MODE == "reciprocal_full_input"
+    )
+    if DIVIDES or DIVIDES_INPUT:
         scale = tl.div_rn(extent, number)
     else:
         scale = extent * tl.div_rn(tl.full(extent.shape, 1.0, tl.float32), number)
-    if SCALE_MODE == "divide_input" or SCALE_MODE == "reciprocal_input":
+    if DIVIDES_INPUT or TIMES_INPUT:
         scale = to_float32(round_to(scale, T))
     bound = tl.full(extent.shape, min_scale, tl.float32)
     scale = tl.where(scale < bound, bound, scale)  # NaN is not below, and stays
-    if SCALE_MODE == "divide_input" or SCALE_MODE == "reciprocal_input":
+    if DIVIDES_INPUT or TIMES_INPUT:
         scale = to_float32(round_to(scale, T))
     return scale
 
@@ -156,7 +163,8 @@ def codes_of(
     v = quotient_of(x, scale, CODE_MODE, STATIC)
     if INT8:
         integer = nearest_integer(v)
-        codes = tl.minimum(tl.maximum(integer, -127), 127).to(tl.int8)
+        LEAST: tl.constexpr = -128 if CODE_MAX > 127.0 else -127
+        codes = tl.minimum(tl.maximum(integer, LEAST), 127).to(tl.int8)
     else:
         codes = encode_e4m3(v, NATIVE_FP8)
     return codes

@@ -247,7 +247,7 @@ def run_pieces(
             AMAX=find_amax,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=4,
         )
 
@@ -296,7 +296,7 @@ def per_group(
             BLOCK=block,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=4,
         )
     return q, scale
@@ -333,7 +333,7 @@ def per_token(
             ONE_TILE=size <= tile,
             SCALE_MODE=scale_mode,
             SCALE_FORMAT=scale_format,
-            **code_constants(x, dtype, code_mode),
+            **code_constants(x, dtype, code_mode, scale_mode),
             num_warps=min(max(tile // 1024, 1), 16),
         )
     return q, scale

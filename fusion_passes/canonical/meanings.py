@@ -264,4 +264,4 @@ MEANINGS = (
     BLOCKS,
 )
 SHORT_CUTS = (CALIBRATED,)
-"""What is recognized before MEANINGS to spare their patterns; why something is none of these is no news."""
+"""What is recognized before MEANINGS to spare their patterns; that a place is in part one of these is no news."""

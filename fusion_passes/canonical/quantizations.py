@@ -10,6 +10,7 @@ PyTorch, and model code on the Hugging Face hub. What has a zero point is in `as
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -105,10 +106,9 @@ def _tensor_pattern(spelling: Spelling) -> Pattern:
     return Pattern(fn, spelling.inputs(_ROWS), constants, f"per tensor, {spelling}")
 
 
-def _row_patterns(spelling: Spelling) -> list[Callable[[Spelling], Pattern]]:
+def _row_patterns(spelling: Spelling) -> list[Pattern]:
     """Per tensor first: over several tokens it is also one group of one long token."""
-    # the scale of a tensor has no dimensions, and promotes nothing
-    return [_group_pattern] if spelling.promoted else [_tensor_pattern, _group_pattern]
+    return [_tensor_pattern(spelling), _group_pattern(spelling)]
 
 
 def _block_pattern(spelling: Spelling) -> Pattern:
@@ -122,9 +122,7 @@ def _block_pattern(spelling: Spelling) -> Pattern:
 
 def _bits_pattern() -> Pattern:
     """DeepGEMM's power of two, from the bits of the scale: no meaning of ours, see _power_of_two_is_ours."""
-    spelling = Spelling(
-        FP8, "amax", "after abs", inverse=True, clamp_codes=False, power="bits", promoted=True
-    )
+    spelling = Spelling(FP8, "amax", "after abs", inverse=True, clamp_codes=False, power="bits")
 
     def fn(x: T, group_size: int, bound: float) -> Any:
         groups = x.unflatten(-1, (-1, group_size))
@@ -152,8 +150,7 @@ def _static_pattern(spelling: Spelling) -> Pattern:
     )
 
 
-def _torchao_int8() -> Pattern:
-    spelling = Int8InInputDtype()
+def _torchao_int8(spelling: Int8InInputDtype) -> Pattern:
 
     def fn(x: T, group_size: int, bound: float, lower: float, upper: float) -> Any:
         return spelling.quantize(x.unflatten(-1, (-1, group_size)), bound, lower, upper)
@@ -231,8 +228,20 @@ def _whole_range(match: Match) -> bool:
     lower, upper = match.scalars.get("lower"), match.scalars.get("upper")
     if match.constants["kind"] == "static":  # what is beyond is saturated, so the ends matter
         return (lower, upper) == (-end, end)
+    if _has_all_codes(match):
+        return (lower, upper) == (-128, 127)  # by amax / 127.5 the largest value is beyond
     # a dynamic scale leaves nothing beyond the range of the codes
     return lower is None or (lower <= -end and upper is not None and upper >= end)
+
+
+def _has_all_codes(match: Match) -> bool:
+    spelling = match.constants["spelling"]
+    return isinstance(spelling, Int8InInputDtype) and spelling.full
+
+
+def _range(match: Match) -> str:
+    end = MAX[match.outputs[0].meta["val"].dtype]
+    return "-128 .. 127" if _has_all_codes(match) else f"+-{end}"
 
 
 def _within_tokens(match: Match) -> bool:
@@ -304,7 +313,7 @@ _CONSTRAINTS = (
         _whole_range,
         lambda match: (
             f"its codes are clamped to {match.scalars.get('lower')} .. {match.scalars.get('upper')}, "
-            f"not to +-{MAX[match.outputs[0].meta['val'].dtype]}"
+            f"not to {_range(match)}"
         ),
     ),
 )
@@ -313,7 +322,7 @@ POWER_OF_TWO = Fusion(  # before the others, whose spellings are many, and none 
     "Dynamic quantization to 8 bits by powers of two, per group, token or tensor",
     0,
     patterns=(
-        *(of(spelling) for spelling in spellings.powers_of_two() for of in _row_patterns(spelling)),
+        *itertools.chain.from_iterable(map(_row_patterns, spellings.powers_of_two())),
         _bits_pattern(),
     ),
     rewrite=_rewrite_dynamic,
@@ -325,8 +334,9 @@ DYNAMIC = Fusion(
     "Dynamic quantization to 8 bits, per group, token or tensor",
     0,
     patterns=(
-        _torchao_int8(),
-        *(of(spelling) for spelling in spellings.symmetric() for of in _row_patterns(spelling)),
+        _torchao_int8(Int8InInputDtype(full=True)),
+        _torchao_int8(Int8InInputDtype()),
+        *itertools.chain.from_iterable(map(_row_patterns, spellings.symmetric())),
     ),
     rewrite=_rewrite_dynamic,
     constraints=_CONSTRAINTS,
@@ -338,8 +348,7 @@ STATIC = Fusion(  # after the dynamic ones, which end in the same
     "Quantization to 8 bits by a given scale",
     0,
     patterns=tuple(
-        _static_pattern(Spelling(dtype, inverse=inverse, promoted=promoted))
-        for promoted in (False, True)
+        _static_pattern(Spelling(dtype, inverse=inverse))
         for dtype in (FP8, INT8)
         for inverse in (False, True)
     ),

@@ -25,8 +25,8 @@ class Spelling(NamedTuple):
     or by a "tensor" of no dimensions, or a product with the "reciprocal". input_scale: the scale is rounded to the
     dtype of the input. inverse: values are multiplied by the scale's reciprocal. clamp_codes: before the cast (the
     codes are the same without: none rounds beyond the end). power: the scale is raised to a power of two by "exp2" or
-    "pow" of its logarithm rounded up; "" leaves it as it is. promoted: 16-bit values meet the float32 scale without a
-    cast, which a scale of one dimension or more widens.
+    "pow" of its logarithm rounded up; "" leaves it as it is. Values that a scale of one dimension or more widens are
+    found as if they were cast.
     """
 
     dtype: torch.dtype
@@ -37,7 +37,6 @@ class Spelling(NamedTuple):
     inverse: bool = False
     clamp_codes: bool = True
     power: str = ""
-    promoted: bool = False
 
     def __str__(self) -> str:
         said = {
@@ -49,7 +48,6 @@ class Spelling(NamedTuple):
             "multiplied by the reciprocal": self.inverse,
             "unclamped codes": not self.clamp_codes,
             f"power of two by {self.power}": bool(self.power),
-            "promoted": self.promoted,
         }
         return ", ".join(word for word, on in said.items() if on)
 
@@ -91,8 +89,7 @@ class Spelling(NamedTuple):
         return self.codes(x, scale, lower, upper), scale
 
     def codes(self, x: T, scale: T, lower: float, upper: float) -> T:
-        x = x if self.promoted else x.float()
-        codes = x * (1.0 / scale) if self.inverse else x / scale
+        codes = x.float() * (1.0 / scale) if self.inverse else x.float() / scale
         codes = codes.round() if self.dtype is INT8 else codes
         codes = codes.clamp(lower, upper) if self.clamp_codes else codes
         return codes.to(self.dtype)
@@ -110,29 +107,41 @@ class Spelling(NamedTuple):
         return {"x": x, **more, **bound, **clamp}
 
 
-class Int8InInputDtype:
-    """torchao's int8 dynamic quantization per token, whose every step is rounded to the dtype of the input.
+class Int8InInputDtype(NamedTuple):
+    """torchao's int8 dynamic quantization per token, whose scale is rounded to the dtype of the input at every step.
 
-    The largest magnitude is written as that of an asymmetric one would be, with a zero point of 0.
+    The largest magnitude is written as that of an asymmetric one would be, with a zero point of 0. In version 1 of its
+    configuration the codes are made in that dtype too; in version 2 (``full``, all that torchao 0.18 has) they are made
+    in float32, and go from -128 to 127 by a scale of amax / 127.5.
     """
 
-    bound = "scale"
+    full: bool = False
+
+    @property
+    def bound(self) -> str:
+        return "scale"
 
     def __str__(self) -> str:
-        return "int8, rounded to 16 bits throughout"
+        return "int8, rounded to 16 bits " + ("up to its scale" if self.full else "throughout")
 
     def arithmetic(self, match: Match) -> Arithmetic:
-        scale_mode = "divide_input" if match.device.type == "cpu" else "reciprocal_input"
+        scale_mode = "divide" if match.device.type == "cpu" else "reciprocal"
+        scale_mode += "_full_input" if self.full else "_input"
         bound = match.scalars["bound"]
         assert isinstance(bound, (int, float))
-        return Arithmetic(INT8, scale_mode, "reciprocal_input", float(bound))
+        code_mode = "reciprocal" if self.full else "reciprocal_input"
+        return Arithmetic(INT8, scale_mode, code_mode, float(bound))
 
     def quantize(self, x: T, bound: float, lower: float, upper: float) -> tuple[T, T]:
         zeros = torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
         smallest = torch.minimum(x.amin(-1), zeros)
         largest = torch.maximum(x.amax(-1), zeros)
-        scale = torch.maximum(-smallest, largest) / MAX[INT8]
+        scale = torch.maximum(-smallest, largest) / (127.5 if self.full else MAX[INT8])
         scale = scale.float().clamp(min=bound).to(x.dtype).unsqueeze(-1)
+        if self.full:
+            scale = scale.float()
+            codes = torch.round(x * (1.0 / scale)) + zeros.unsqueeze(-1).to(INT8)
+            return codes.clamp(lower, upper).to(INT8), scale
         codes = (x * (1.0 / scale)).round() + zeros.unsqueeze(-1)
         return codes.float().clamp(lower, upper).to(x.dtype).to(INT8), scale
 
@@ -156,10 +165,9 @@ def _every(
     casts: Iterable[str] = ("first",),
     by: Iterable[str] = ("number",),
     powers: Iterable[str] = ("",),
-    promoted: bool = False,
 ) -> list[Spelling]:
     return [
-        Spelling(dtype, bound, cast, how, False, inverse, clamp, power, promoted)
+        Spelling(dtype, bound, cast, how, False, inverse, clamp, power)
         for dtype, bound, cast, how, inverse, clamp, power in itertools.product(
             dtypes, bounds, casts, by, (False, True), (True, False), powers
         )
@@ -173,23 +181,19 @@ def symmetric() -> list[Spelling]:
     torchao = Spelling(FP8, cast="after amax", input_scale=True)
     every = _every((FP8, INT8), bounds, _CASTS, ("number", "tensor", "reciprocal"))
     every += _every((FP8, INT8), ("or one",), _CASTS, ("number", "tensor"))
-    every += _every((FP8, INT8), ("amax",), (AFTER_BOUND,), ("number", "tensor"))
-    every += _every((FP8, INT8), ("amax",), (AFTER_BOUND,), promoted=True)
-    every += _every((FP8, INT8), (*bounds, "or one"), _CASTS, promoted=True)
+    every += _every((FP8, INT8), ("amax",), (AFTER_BOUND,), ("number", "tensor", "reciprocal"))
     return [torchao, *_usual_first(every, Spelling(FP8, "amax"))]
 
 
 def powers_of_two() -> list[Spelling]:
     """Those whose scales are powers of two. They are traced all at once, so the unlikely ones are left out."""
     powers, bounds = ("exp2", "pow"), ("amax", "scale")
-    every = _every((FP8,), bounds, ("first", "after amax"), ("number", "tensor"), powers)
-    every += _every((FP8,), bounds, _CASTS, powers=powers, promoted=True)
-    every += _every((FP8,), ("",), powers=powers)
+    every = _every((FP8,), bounds, _CASTS, ("number", "tensor"), powers)
+    every += _every((FP8,), ("",), _CASTS, powers=powers)
     return _usual_first(every, Spelling(FP8, "amax", power="exp2"))
 
 
 def of_blocks() -> list[Spelling]:
     """Those that are written for blocks of a matrix."""
-    every = _every((FP8, INT8), ("amax", "scale", ""), by=("number", "tensor"))
-    every += _every((FP8, INT8), ("amax", "scale", ""), ("first", "after amax"), promoted=True)
+    every = _every((FP8, INT8), ("amax", "scale", ""), _CASTS, ("number", "tensor"))
     return _usual_first(every, Spelling(FP8, "amax"))

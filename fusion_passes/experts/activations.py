@@ -60,10 +60,20 @@ def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
     if (squared := _square_of(node)) is not None and squared.target is aten.relu.default:
         inside.append(squared)
         return Between({"activation": "relu2"}, squared.args[0], None)
-    unknown = _known_at_run_time(node)
+    unknown, name = _known_at_run_time(node), called(node)
+    if node.target is CAST:
+        inner = strip(node.args[0])
+        name = f"{called(inner)}, in {dtype_of(inner)} and rounded to {dtype_of(node)} once,"
+    if node.target is aten.slice.Tensor:
+        widths = [shape_of(at)[-1] for at in (node, node.args[0])]
+        raise Unlike(
+            node,
+            f"{name} leaves {widths[0]} of {widths[1]} channels before the second product, as quantization to FP8 does "
+            "where sizes are no multiples of 128: such experts are not fused",
+        )
     raise Unlike(
         node,
-        f"{called(node)} before the second product is none of the activations that are fused: "
+        f"{name} before the second product is none of the activations that are fused: "
         "silu_mul, gelu_tanh_mul, clamped_swiglu, clamped_silu_mul, relu2"
         + (f" ({unknown.name}, a number in it, is known only at run time)" if unknown else ""),
     )

@@ -93,7 +93,10 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     for ids, group in by_ids.items():
         if (separate := misses.separate(group)) is not None or len(group) % 2:
             names = ", ".join(product.node.name for product in group)
-            odd = f"{names} go by the top-k ids {ids.name}: not in pairs"
+            odd = (
+                f"of the products of experts only {names} go by the top-k ids {ids.name}, not in pairs: experts are "
+                "fused that are two each, of which the second gives each pair of a token and an expert a row of its own"
+            )
             miss(group[-1].node, separate or Unlike(ids, odd))
             continue
         for second in group[1::2]:
@@ -243,14 +246,23 @@ def _finish(block: Block) -> None:
             pass  # nothing is lost
         elif (sum_ := combining.total_at(reader, node, block.second, by_slot)) is not None:
             if (sum_.weights is None) == (block.topk_weights is None):
-                often = "no" if sum_.weights is None else "more than one"
-                raise Unlike(
-                    reader, f"{reader.name} sums rows that {often} top-k weight was applied to"
-                )
+                if sum_.weights is not None:
+                    why = f"{reader.name} sums rows that more than one top-k weight was applied to"
+                else:
+                    why = (
+                        f"{reader.name} sums rows that no top-k weight was applied to: "
+                        "those that multiply what the experts read are not fused"
+                    )
+                raise Unlike(reader, why)
             if sum_.weights is not None:
                 block.topk_weights, block.exact_weights = sum_.weights, True
             total = sum_
             block.inside += sum_.inside
+        elif reader.target is CAST and block.topk_weights is not None:
+            raise Unlike(
+                reader,
+                f"{called(reader)} rounds each weighted row to {dtype_of(reader)}: a sum over them is rounded once",
+            )
         else:
             raise Unlike(
                 reader,

@@ -126,11 +126,12 @@ def _sum(total: fx.Node, second: Product, by_slot: bool) -> Total:
     if by_slot:
         raise Unlike(total, f"{total.name} sums rows that are still sorted by expert")
     keeps = len(total.args) > 2 and total.args[2]
-    if len(shape) != 3 or [dim % 3 for dim in dims] != [1] or keeps:
+    rank = len(shape)
+    if rank < 3 or [dim % rank for dim in dims] != [rank - 2] or keeps:
         raise Unlike(total, f"{total.name} does not sum over the experts of a token")
     if dtype_of(total) not in (torch.float32, dtype_of(second.node)):
         raise Unlike(total, f"{total.name} sums in {dtype_of(total)}")
-    return Total(total, *shape)
+    return Total(total, index_map.product(shape[:-2]), *shape[-2:])
 
 
 def _product(

@@ -1,6 +1,6 @@
 """How many pairs each expert has, in every way that models count them.
 
-cumsum(histc(ids, E, 0, E - 1))             cumsum(bincount(ids, minlength=E))
+cumsum(histc(ids, E, 0, E - 1 or E))        cumsum(bincount(ids, minlength=E))
 cumsum(sum(ids[:, None] == arange(E)))      one_hot and a sum are that, too
 cumsum(sum(scatter(zeros[T, E], ids, 1)))   of the ids of a token, which are all different
 cumsum(zeros[E] with 1 added at each id)    scatter_add, index_add, index_put
@@ -46,8 +46,9 @@ def _values(counts: fx.Node, num_experts: int) -> fx.Node | None:
     if counts.target is aten.histc.default:
         given: tuple[Any, ...] = (*counts.args[1:], *(100, 0, 0)[len(counts.args) - 1 :])
         bins, low, high = given
-        fits = (bins, number(low), number(high)) == (num_experts, 0, num_experts - 1)
-        return counts.args[0] if fits else None
+        # bin floor(id * E / high) is the id for both, as the highest value belongs to the last bin
+        ends = number(high) in (num_experts - 1, num_experts)
+        return counts.args[0] if ends and (bins, number(low)) == (num_experts, 0) else None
     if counts.target is aten.bincount.default:
         fits = counts.kwargs.get("minlength", counts.args[-1]) == num_experts
         return counts.args[0] if fits else None

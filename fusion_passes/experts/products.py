@@ -108,13 +108,16 @@ def _grouped(node: fx.Node) -> Product:
     experts = shape_of(weight)[0]
     ids = counted(offsets, experts)
     if ids is None:
-        outside = uncast(offsets).op == "placeholder"
+        counts = uncast(offsets)
+        if counts.target is aten.cumsum.default:
+            counts = uncast(counts.args[0])
         raise Unlike(
             offsets,
             f"{offsets.name} is not the number of pairs of each expert, added up"
             + (
-                ": it is computed outside of this graph, perhaps where the graph breaks"
-                if outside
+                f": {counts.name} is computed outside of this graph, perhaps where the graph breaks, "
+                "as it does at torch.bincount and not at torch.histc"
+                if counts.op == "placeholder"
                 else ""
             ),
         )

@@ -95,14 +95,15 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     if fusion.name != "topk_softmax":
         return
     for ids, module in chosen.items():
-        if ids not in found and element(ids) is None:
-            reason = f"the top-k ids are made by {called(ids)}, where topk is expected"
+        maker, _ = element(ids) or (ids, 0)
+        if ids not in found and maker.target not in _ops():
+            reason = f"the top-k ids are made by {called(maker)}, where topk is expected"
             yield NearMiss(fusion.name, module, ids.name, reason)
 
 
 def chosen_anywhere(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(router, ids) of every router of a graph, whether it is an op already or the nodes that one stands for."""
-    ops = {getattr(torch.ops.custom_ops, name).default for name in OPS}
+    ops = _ops()
     for node in graph.nodes:
         ids = next((user for user in node.users if element(user) == (node, 1)), None)
         if ids is None or not is_tensor(ids):
@@ -116,6 +117,10 @@ def chosen_anywhere(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
                 continue
             if _is_few(router.num_experts):
                 yield node, ids
+
+
+def _ops() -> set[Any]:
+    return {getattr(torch.ops.custom_ops, name).default for name in OPS}
 
 
 def _is_few(experts: Size) -> bool:
@@ -146,7 +151,7 @@ def _subject(topk: fx.Node) -> str:
 
 def _router(topk: fx.Node, ids: fx.Node) -> Router:
     choice, top_k = topk.args[:2]
-    by_token = len(shape_of(choice)) == 2 and is_topk_over_last(topk)
+    by_token = len(shape_of(choice)) > 1 and is_topk_over_last(topk)
     if not by_token or not isinstance(top_k, int):
         raise Unlike(topk, f"{topk.name} is not over the experts of each token")
     inside: list[fx.Node] = [topk, ids]
@@ -158,7 +163,8 @@ def _router(topk: fx.Node, ids: fx.Node) -> Router:
     weights = _chosen(topk, ids, scores, bias)
     inside += [weights, *scores.inside]
     router = Router("", scores.logits, top_k, weights, ids, inside, correction_bias=bias)
-    router.num_tokens, router.num_experts = shape_of(topk.args[0])
+    *leading, router.num_experts = shape_of(topk.args[0])
+    router.num_tokens = index_map.product(leading)
     _name(router, scores, groups, element(weights) is not None)
     _finish(router)
     return router
@@ -176,7 +182,7 @@ def _chosen(topk: fx.Node, ids: fx.Node, scores: Scores, bias: fx.Node | None) -
         reader
         for reader in readers(ids)
         if reader.target is aten.gather.default
-        and reader.args[1] % 2 == 1
+        and _takes_of_each_token(reader, topk)
         and strip(reader.args[2]) is ids
         and strip(reader.args[0]) in (scores.node, *alike)
     ]
@@ -187,6 +193,14 @@ def _chosen(topk: fx.Node, ids: fx.Node, scores: Scores, bias: fx.Node | None) -
     if len(gathers) != 1 or values is not None:
         raise Unlike(ids, f"what is chosen at {ids.name} is not what the experts were scored by")
     return gathers[0]
+
+
+def _takes_of_each_token(gather: fx.Node, topk: fx.Node) -> bool:
+    """Whether a gather of scores by ids takes those of a token from its own, which lie as the top-k has them."""
+    (scores, dim, ids), experts = gather.args[:3], shape_of(topk.args[0])[-1]
+    shape, taken = shape_of(scores), shape_of(ids)
+    alike = all(map(index_map.same_size, shape, (*taken[:-1], experts)))
+    return alike and dim % len(shape) == len(shape) - 1
 
 
 def _name(router: Router, scores: Scores, groups: Groups | None, masked_weights: bool) -> None:

@@ -110,7 +110,8 @@ class Routing:
     def _token(self, node: fx.Node) -> Index | None:
         """pair // top_k"""
         by = node.args[1]
-        if node.kwargs.get("rounding_mode", "floor") != "floor" or not isinstance(by, int):
+        mode = node.kwargs.get("rounding_mode", "floor")  # of pairs, which are not negative
+        if mode not in ("floor", "trunc") or not isinstance(by, int):
             return None
         pairs = self._only("pair", self.read(node.args[0]))
         return Index("token", pairs.sorted, by) if pairs is not None else None

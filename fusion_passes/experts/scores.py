@@ -24,6 +24,7 @@ from fusion_passes.index_map import Size
 from fusion_passes.operations import is_tensor, read, shape_of
 
 TOPK = aten.topk.default
+_NOTS = (aten.bitwise_not.default, aten.logical_not.default)  # of booleans, as where takes no other
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -51,36 +52,29 @@ class Groups:
 
 def ungrouped(node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, Groups | None]:
     """What experts would be chosen by without groups, and the groups."""
-    node = strip(node)
+    experts, node = shape_of(node)[-1], strip(node)
     if node.target is not aten.where.self:
         return node, None
     condition, kept, filled = node.args
-    if number(filled) is None:  # masked_fill(~mask, fill) is where(~mask, fill, kept)
+    stays = number(filled) is not None  # masked_fill(mask, fill) is where(mask, fill, kept)
+    if not stays:
         kept, filled = filled, kept
-        condition = strip(condition)
-        if condition.target not in (aten.bitwise_not.default, aten.logical_not.default):
-            raise Unlike(node, f"{called(condition)} does not say which experts' groups stay")
-        inside.append(condition)
-        condition = condition.args[0]
     fill = number(filled)
     masked = {float("-inf"): "-inf", 0.0: "zero"}.get(float("nan") if fill is None else fill)
     if masked is None:
         raise Unlike(node, f"{node.name} sets the experts of other groups to {fill}")
-    condition = strip(condition)
-    if condition.target is CAST:
-        inside.append(condition)
-        condition = condition.args[0]
-    scatter, mapping = read(condition, None)[-1]
-    if scatter.target is not aten.scatter.value or scatter.args[1] % 2 != 1 or scatter.args[3] != 1:
+    scatter, mapping = read(condition, shape_of(node))[-1]
+    while scatter.target in (*_NOTS, CAST):
+        stays ^= scatter.target in _NOTS
+        inside.append(scatter)
+        scatter, inner = read(scatter.args[0], None)[-1]
+        mapping = index_map.compose(mapping or ((1, True),), inner) or ()
+    if not _says_groups(scatter, stays):
         raise Unlike(node, f"{called(scatter)} does not say which experts' groups stay")
     num_groups = shape_of(scatter)[-1]
-    width = index_map.divide(shape_of(node)[-1], num_groups)
+    width = index_map.divide(experts, num_groups)
     spread = index_map.collapse([(shape_of(scatter)[0] * num_groups, True), (width, False)])
-    if (
-        width is None
-        or number(strip(scatter.args[0])) != 0
-        or not index_map.same_map(spread, mapping)
-    ):
+    if width is None or not index_map.same_map(spread, mapping):
         raise Unlike(node, f"{scatter.name} is not spread over the experts of each group")
     best = element(scatter.args[2], {TOPK})
     if best is None or best[1] != 1 or not is_topk_over_last(best[0]):
@@ -89,6 +83,16 @@ def ungrouped(node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, Groups | N
     inside += [node, scatter, strip(scatter.args[2]), best[0]]
     kept = strip(kept)
     return kept, Groups(num_groups, best[0].args[1], group_score, masked, of, node)
+
+
+def _says_groups(scatter: fx.Node, stays: bool) -> bool:
+    """Whether 1 is written over 0 for the chosen groups, or 0 over 1 where the rest stay not."""
+    if scatter.target is not aten.scatter.value or len(shape_of(scatter)) != 2:
+        return False
+    before = strip(scatter.args[0])
+    if before.target is not aten.full.default or scatter.args[1] % 2 != 1:
+        return False
+    return (before.args[1], scatter.args[3]) == ((0, 1) if stays else (1, 0))
 
 
 def _group_score(
@@ -125,7 +129,7 @@ def unbiased(node: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, fx.Node | N
     experts = shape_of(node)[-1]
     for value, other in (node.args, node.args[::-1]):
         along = len(shape_of(other)) and index_map.same_size(shape_of(other)[-1], experts)
-        if along and index_map.same_size(numel(other), experts) and len(shape_of(value)) == 2:
+        if along and index_map.same_size(numel(other), experts) and len(shape_of(value)) > 1:
             inside.append(node)
             bias = _widened(strip(other))
             # scores of 16 bits plus a bias that was cast are not rounded, plus one of 16 bits they are
@@ -156,8 +160,11 @@ def scores_of(node: fx.Node, num_experts: Size) -> Scores:
         if inner is not node and dtype_of(logits) is not dtype_of(node):
             raise Unlike(node, f"{node.name} rounds the softmax of {dtype_of(logits)} logits")
         return Scores(node, "softmax", logits, [*inside, *softmax[1]])
-    if node.target is aten.sigmoid.default:
-        return Scores(node, "sigmoid", _widened(strip(node.args[0])), [node])
+    if inner.target is aten.sigmoid.default:
+        logits = _widened(strip(inner.args[0]))
+        if inner is not node and dtype_of(logits) is not dtype_of(node):
+            raise Unlike(node, f"{node.name} rounds the sigmoid of {dtype_of(logits)} logits")
+        return Scores(node, "sigmoid", logits, [node, inner])
     root = _sqrt_softplus_of(node)
     if root is not None:
         return Scores(node, "sqrt_softplus", _widened(root[0]), root[1])

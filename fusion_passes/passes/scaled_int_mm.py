@@ -2,8 +2,8 @@
 
     torch._int_mm(q, w8.T) * scale * w_scale [+ bias]      ->   scaled_mm(q, scale, w8, w_scale, bias, epilogue=...)
 
-int8 sums are exact, so that every rounding of eager is kept: with 16-bit scales (torchao's
-Int8DynamicActivationInt8Weight) each product is rounded to 16 bits, with float32 scales the last one only.
+int8 sums are exact, so that every rounding of eager is kept: with 16-bit scales (Int8DynamicActivationInt8Weight of
+torchao 0.17) each product is rounded to 16 bits; with float32 scales the last one only, or each (torchao 0.18).
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ def _cast(q: T, scale: T, weight: T, weight_scale: T, bias: T | None = None) -> 
     return out.to(torch.bfloat16) if bias is None else (out + bias).to(bias.dtype)
 
 
-def _pattern(fn: Any, wide: torch.dtype | None, biased: bool, name: str) -> Pattern:
+def _between(q: T, scale: T, weight: T, weight_scale: T, bias: T | None = None) -> T:
+    dtype = torch.bfloat16 if bias is None else bias.dtype
+    out = ((torch._int_mm(q, weight.t()) * scale).to(dtype) * weight_scale).to(dtype)
+    return out if bias is None else out + bias
+
+
+def _pattern(fn: Any, wide: torch.dtype | None, epilogue: str, biased: bool, name: str) -> Pattern:
     inputs = {
         "q": Tensor("num_tokens", "hidden_size", dtype=INT8),
         "scale": Tensor("num_tokens", "1", dtype=wide),
@@ -45,7 +51,6 @@ def _pattern(fn: Any, wide: torch.dtype | None, biased: bool, name: str) -> Patt
         "weight_scale": Tensor("out_features", dtype=wide),
         **({"bias": Tensor("out_features")} if biased else {}),
     }
-    epilogue = "out_dtype" if wide is None else "float32"
     return Pattern(fn, inputs, {"epilogue": epilogue}, name + ", bias" * biased)
 
 
@@ -84,12 +89,13 @@ FUSION = Fusion(
     summary="int8 matmul and its scales as one GEMM",
     stage=2,
     patterns=tuple(
-        _pattern(fn, wide, biased, name)
+        _pattern(fn, wide, epilogue, biased, name)
         for biased in (True, False)
-        for fn, wide, name in (
-            (_each, None, "16-bit scales"),
-            (_cast, torch.float32, "float32 scales"),
-            (_promoted, torch.float32, "float32 scales, promoted"),
+        for fn, wide, epilogue, name in (
+            (_each, None, "out_dtype", "16-bit scales"),
+            (_cast, torch.float32, "float32", "float32 scales"),
+            (_promoted, torch.float32, "float32", "float32 scales, promoted"),
+            (_between, torch.float32, "out_dtype_between", "float32 scales, rounded between"),
         )
     ),
     rewrite=_rewrite,

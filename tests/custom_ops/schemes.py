@@ -16,6 +16,7 @@ from custom_ops.scales import (
     CODE_DTYPES,
     CODE_MODES,
     GROUP_SIZES,
+    INT8_SCALE_MODES,
     SCALE_FORMATS,
     SCALE_LAYOUTS,
     SCALE_MODES,
@@ -71,6 +72,11 @@ class Call:
         return self.producer_options | self.scheme_options
 
 
+def scale_modes(dtype: torch.dtype) -> tuple[str, ...]:
+    """The ways in which scales of codes of a dtype are made."""
+    return INT8_SCALE_MODES if dtype == torch.int8 else SCALE_MODES
+
+
 @st.composite
 def schemes(draw: st.DrawFn, scheme: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a scheme after the quantized one: all formats, layouts, modes and bounds."""
@@ -92,7 +98,7 @@ def schemes(draw: st.DrawFn, scheme: str) -> tuple[tuple[Any, ...], dict[str, An
     options |= {
         "min_amax": draw(st.sampled_from((1e-10, 0.0, 1e-4, 1e-38, 1e-42, 3.0))),
         "min_scale": draw(st.sampled_from((0.0, 0.0, 1e-5))),
-        "scale_mode": draw(st.sampled_from(SCALE_MODES)),
+        "scale_mode": draw(st.sampled_from(scale_modes(options["dtype"]))),
         "scale_format": draw(st.sampled_from(SCALE_FORMATS if grouped else SCALE_FORMATS[:2])),
     }
     if not grouped:

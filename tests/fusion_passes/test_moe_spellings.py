@@ -39,6 +39,12 @@ def searched_from_one(ids: T) -> T:
 
 
 OFFSETS: dict[str, Callable[[T], T]] = {
+    "histc to the last expert": lambda ids: torch.histc(
+        ids.float(), EXPERTS, 0, EXPERTS - 1
+    ).cumsum(0),
+    "histc to the number of experts": lambda ids: torch.histc(
+        ids.float(), EXPERTS, 0, EXPERTS
+    ).cumsum(0),
     "one_hot": lambda ids: F.one_hot(ids, EXPERTS).sum(0).cumsum(0),
     "one_hot of tokens": lambda ids: F.one_hot(ids.view(-1, 2), EXPERTS).sum((0, 1)).cumsum(0),
     "compared": lambda ids: (ids[:, None] == torch.arange(EXPERTS)).sum(0).cumsum(-1),
@@ -96,18 +102,20 @@ def grouped(
     back="index",
     total="sum",
     wide=False,
+    rounding="floor",
 ):
     """One spelling. ``total``: of `weighted`, or of `accumulated`; wide: rows are added up in float32."""
     num_tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
     ends = OFFSETS[offsets](flat).to(torch.int32)
-    rows = hidden.repeat_interleave(top_k, 0)[order] if repeat else hidden[order // top_k]
+    tokens = order.div(top_k, rounding_mode=rounding)
+    rows = hidden.repeat_interleave(top_k, 0)[order] if repeat else hidden[tokens]
     between = gated(torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
     out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
     if total in ("index_add", "index_put", "scatter_add"):
         out = out * weights.reshape(-1)[order].unsqueeze(-1)
-        found = accumulated(out, order // top_k, num_tokens, total, torch.float32 if wide else None)
+        found = accumulated(out, tokens, num_tokens, total, torch.float32 if wide else None)
         return found.to(hidden.dtype)
     return weighted(put_back(out, order, back).view(num_tokens, top_k, -1), weights, total)
 
@@ -160,6 +168,25 @@ def test_tokens_and_experts(tokens, top_k, repeat):
 @pytest.mark.parametrize(("top_k", "wide"), [(1, False), (2, False), (2, True), (4, True)])
 def test_rows_are_added_to_their_tokens(total, top_k, wide):
     assert_fused(run(total=total, top_k=top_k, wide=wide))
+
+
+@pytest.mark.parametrize("total", ["sum", "index_add"])
+def test_pairs_divided_towards_zero_are_tokens(total):
+    assert_fused(run(total=total, rounding="trunc"))
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_tokens_keep_their_two_dimensions(tokens, top_k):
+    """Matrices are gathered for [batch, sequence, top_k], and the sum is over the last but one of four."""
+
+    def batches(hidden, gate_up, down, weights, ids):
+        hidden, weights, ids = (t.view(2, -1, t.shape[-1]) for t in (hidden, weights, ids))
+        rows = hidden[:, :, None, None, :] @ gate_up.transpose(1, 2)[ids]
+        out = (gated(rows) @ down.transpose(1, 2)[ids]).squeeze(-2)
+        return (out * weights.unsqueeze(-1)).sum(-2)
+
+    assert_fused(run(batches, tokens=tokens, top_k=top_k))
 
 
 @pytest.mark.parametrize("total", ["index_add", "index_put", "scatter_add"])
@@ -225,6 +252,8 @@ def left_as_it_is(result: Result, *words: str) -> None:
 
 
 WRONG: dict[str, Callable[[T], T]] = {
+    "bins of more experts": lambda ids: torch.histc(ids.float(), EXPERTS, 0, EXPERTS + 1).cumsum(0),
+    "bins from one": lambda ids: torch.histc(ids.float(), EXPERTS, 1, EXPERTS).cumsum(0),
     "from the left": lambda ids: torch.searchsorted(ids.sort().values, torch.arange(EXPERTS)),
     "one expert further": lambda ids: torch.searchsorted(
         ids.sort().values, torch.arange(1, EXPERTS + 1), right=True
@@ -254,6 +283,83 @@ def test_other_offsets_stay(offsets, monkeypatch):
     result = run(offsets=offsets)
     assert result.report.matches == {}, result.report
     assert "is not the number of pairs of each expert" in misses(result, "fused_moe")[0]
+
+
+def test_counts_from_before_a_graph_break_are_named():
+    def counted(hidden, gate_up, down, weights, ids, counts):
+        ends = counts.cumsum(0, dtype=torch.int32)
+        order = ids.reshape(-1).argsort(stable=True)
+        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
+        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        return weighted(out[order.argsort()].view(*ids.shape, -1), weights, "sum")
+
+    given = draw(Spelling(rounded_weights=True), experts=EXPERTS)
+    inputs = (given.hidden, given.gate_up, given.down, given.weights, given.ids)
+    counts = torch.bincount(given.ids.reshape(-1), minlength=EXPERTS)
+    result = fuse(counted, *inputs, counts, only=[registry()["fused_moe"]])
+    left_as_it_is(result, "computed outside of this graph", "torch.bincount")
+
+
+def by_matrix(rows: T, weight: T, ids: T) -> T:
+    return torch.bmm(weight[ids], rows.unsqueeze(-1)).squeeze(-1)
+
+
+def test_a_router_by_the_largest_score_is_named():
+    """As in Switch: the experts are fused, and the report says why the router is not."""
+
+    def switch(hidden, gate_up, down):
+        weights, ids = hidden[:, :EXPERTS].float().softmax(-1).max(-1)
+        out = by_matrix(gated(by_matrix(hidden, gate_up, ids)), down, ids)
+        return out * weights.unsqueeze(-1).to(hidden.dtype)
+
+    given = draw(Spelling(), experts=EXPERTS)
+    fusions = [registry()[name] for name in ("topk_softmax", "fused_moe")]
+    result = fuse(switch, given.hidden, given.gate_up, given.down, only=fusions)
+    assert result.report.matches == {"fused_moe": 1}, result.report
+    assert "the top-k ids are made by max" in misses(result, "topk_softmax")[0]
+    assert_same(result)
+
+
+def test_an_activation_that_is_rounded_once_is_named():
+    def wide(hidden, gate_up, down, weights, ids):
+        gate, up = by_matrix(hidden, gate_up, ids[:, 0]).chunk(2, -1)
+        between = (F.silu(gate.float()) * up.float()).to(hidden.dtype)
+        return by_matrix(between, down, ids[:, 0]) * weights
+
+    left_as_it_is(run(wide, top_k=1), "in torch.float32 and rounded to torch.bfloat16 once")
+
+
+def test_activations_that_are_cut_to_odd_sizes_are_named():
+    def cut(hidden, gate_up, down, weights, ids):
+        between = F.pad(gated(by_matrix(hidden, gate_up, ids[:, 0])), (0, 96)).float() * 0.1
+        return by_matrix(between.to(hidden.dtype)[:, :32], down, ids[:, 0]) * weights
+
+    left_as_it_is(run(cut, top_k=1), "leaves 32 of 128 channels", "no multiples of 128")
+
+
+def test_one_product_alone_is_named():
+    """The second adds up the experts of a token, too, so that no pair has a row of its own."""
+
+    def folded(hidden, gate_up, down, weights, ids):
+        between = gated(torch.einsum("ti,tkoi->tko", hidden, gate_up[ids]))
+        return torch.einsum("tko,tkio->ti", between * weights.unsqueeze(-1), down[ids])
+
+    left_as_it_is(run(folded), "not in pairs", "a row of its own")
+
+
+def test_weights_before_the_experts_are_named():
+    def before(hidden, gate_up, down, weights, ids):
+        order = ids.reshape(-1).argsort(stable=True)
+        ends = OFFSETS["compared"](ids.reshape(-1)).to(torch.int32)
+        rows = hidden[order // 2] * weights.reshape(-1)[order].unsqueeze(-1)
+        out = torch._grouped_mm(
+            gated(torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)),
+            down.transpose(1, 2),
+            offs=ends,
+        )
+        return out[order.argsort()].view(*ids.shape, -1).sum(1)
+
+    left_as_it_is(run(before), "no top-k weight was applied to", "multiply what the experts read")
 
 
 def test_a_total_that_is_not_empty_before():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,7 +119,43 @@ def rounded_and_back(x: Tensor) -> tuple[Tensor]:
     return (((wide / scale).clamp(-448.0, 448.0).to(FP8).float() * scale).to(x.dtype),)
 
 
+def by_a_number_and_widened(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitude alone is cast, and multiplied; 16-bit values are widened by their scale."""
+    groups = x.unflatten(-1, (-1, 128))
+    amax = groups.abs().amax(-1, keepdim=True).float().clamp_min(1e-4)
+    scale = amax * (1 / 448.0)
+    return (groups / scale).clamp(-448.0, 448.0).to(FP8).flatten(-2), scale.squeeze(-1)
+
+
+def power_of_a_magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As DeepGEMM raised scales: 2 ** ceil(log2(|scale|)), and values times the reciprocal."""
+    groups = x.view(x.shape[0], -1, 128)
+    scale = groups.abs().float().amax(dim=2).clamp(1e-4) / 448.0
+    scale = torch.pow(2.0, torch.ceil(torch.log2(scale.abs())))
+    return (groups * (1.0 / scale.unsqueeze(2))).to(FP8).view(x.shape), scale
+
+
+def scale_of_one_element(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for the tensor, of a dimension, which widens the values without a cast."""
+    scale = x.abs().max().unsqueeze(-1).float().clamp(min=1e-6) / 448.0
+    return (x / scale).clamp(-448.0, 448.0).to(FP8), scale
+
+
+def all_codes_of_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As version 2 of torchao's int8 configuration, which torchao 0.18 has alone."""
+    zeros = torch.zeros(x.shape[0], 1, dtype=x.dtype)
+    low, high = torch.minimum(x.amin(-1, True), zeros), torch.maximum(x.amax(-1, True), zeros)
+    scale = (torch.maximum(-low, high) / 127.5).float().clamp(min=2.0**-23).to(x.dtype).float()
+    zero_point = torch.zeros_like(zeros).to(torch.int8)
+    codes = (torch.round(x * (1.0 / scale)) + zero_point).clamp(-128, 127)
+    return codes.to(torch.int8), scale
+
+
 FOUND = {
+    by_a_number_and_widened: "group_quant",
+    power_of_a_magnitude: "group_quant",
+    scale_of_one_element: "tensor_quant",
+    all_codes_of_int8: "token_quant",
     largest_by_a_norm: "token_quant",
     powers_by_pow: "group_quant",
     in_place: "token_quant",
@@ -264,3 +301,106 @@ def test_reported_and_left(spelling):
     assert [miss.fusion for miss in result.report.near_misses] == ["quantization"]
     assert "expected" in result.report.near_misses[0].reason
     assert calls(result.after.graph) == calls(result.before.graph)
+
+
+def by_tokens(x: Tensor) -> Tensor:
+    return x.float() / (x.float().abs().amax(-1, keepdim=True).clamp(min=1e-6) / 127.0)
+
+
+def of_all_codes_by_127(x: Tensor) -> Tensor:
+    """Codes from -128 on need a scale of amax / 127.5."""
+    zeros = torch.zeros(x.shape[0], 1, dtype=x.dtype)
+    low, high = torch.minimum(x.amin(-1, True), zeros), torch.maximum(x.amax(-1, True), zeros)
+    scale = (torch.maximum(-low, high) / 127.5).float().clamp(min=1e-6).to(x.dtype).float()
+    zero_point = torch.zeros_like(zeros).to(torch.int8)
+    return (torch.round(x * (1.0 / scale)) + zero_point).clamp(-127, 127).to(torch.int8)
+
+
+ROW, CHANNEL, ONE = torch.full((6, 1), 0.1), torch.full((256,), 0.1), torch.full((1,), 0.1)
+GIVEN = torch.full((1,), 0.1, dtype=torch.bfloat16)
+REASONS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[str, ...]]] = {
+    "int8 that is cut off": (lambda x: by_tokens(x).to(torch.int8), (), ("round", "div")),
+    "int8 by trunc": (lambda x: torch.trunc(by_tokens(x)).to(torch.int8), (), ("trunc",)),
+    "int8 by floor": (lambda x: torch.floor(by_tokens(x) + 0.5).to(torch.int8), (), ("floor",)),
+    "int8 from -128 on by a given scale": (
+        lambda x, scale: (x.float() / scale).round().clamp(-128, 127).to(torch.int8),
+        (ONE,),
+        ("clamped to -128 .. 127, not to +-127",),
+    ),
+    "all codes, clamped to fewer": (
+        of_all_codes_by_127,
+        (),
+        ("clamped to -127 .. 127, not to -128 .. 127",),
+    ),
+    "a given scale per token": (
+        lambda x, scale: (x.float() / scale).clamp(-448, 448).to(FP8),
+        (ROW,),
+        ("scale is read as 6 x 256 repeated",),
+    ),
+    "a given scale per channel": (
+        lambda x, scale: (x.float() / scale).clamp(-448, 448).to(FP8),
+        (CHANNEL,),
+        ("scale is read as 6 repeated x 256",),
+    ),
+    "quotients in 16 bits": (
+        lambda x, scale: (x / scale).clamp(-448, 448).to(FP8),
+        (GIVEN,),
+        ("expected div in torch.float32", "in torch.bfloat16"),
+    ),
+    "powers of two without a bound": (
+        lambda x: (x / powers(x)).to(FP8),
+        (),
+        ("zeros have the scale 0",),
+    ),
+    "int8 times 127 / amax": (
+        lambda x: torch.round(x.float().mul(127 / largest(x))).to(torch.int8),
+        (),
+        ("expected reciprocal", "mul"),
+    ),
+}
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.float().abs().amax(-1, keepdim=True).clamp_min(1e-10)
+
+
+def powers(x: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(x.float().abs().amax(-1, keepdim=True) / 448.0)))
+
+
+@pytest.mark.parametrize("name", sorted(REASONS))
+def test_the_reason_is_what_differs(name):
+    spelling, rest, words = REASONS[name]
+    result = fuse(spelling, random(6, 256), *rest, only=everything())
+    assert result.report.matches == {}
+    (miss,) = result.report.near_misses
+    assert all(word in miss.reason for word in words), miss.reason
+    assert not any("custom_ops" in call for call in calls(result.after.graph))
+
+
+def test_a_norm_and_a_quantization_in_one_place_are_both_told():
+    def both(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.double()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        h = weight * normed.to(x.dtype)
+        return max_over_amax(h)[0]
+
+    result = fuse(both, random(6, 256), random(256), only=everything())
+    assert result.report.matches == {}
+    assert {miss.fusion for miss in result.report.near_misses} == {"rms_norm", "quantization"}
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_magnitude_of_what_may_have_a_sign_stays(sign):
+    """|v| is v only where v has no sign: a scale times a negative number has one."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448.0
+        scale = (scale * sign).abs()
+        return (wide / scale).clamp(-448.0, 448.0).to(FP8), scale
+
+    result = fuse(quantize, random(6, 256), only=everything())
+    assert result.report.matches == ({} if sign < 0 else {"token_quant": 1})
+    for expected, actual in zip(result.expected, result.actual, strict=True):
+        assert torch.equal(expected.float(), actual.float())

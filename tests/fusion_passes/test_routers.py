@@ -37,6 +37,7 @@ class Router:
     least: float = 0.0
     scale: float = 0.0
     cast: bool = False
+    excluded: bool = False  # the mask says which groups go, as DeepSeek's own code has it
 
     @property
     def fusion(self) -> str:
@@ -60,9 +61,13 @@ def route(router: Router, top_k: int):
             grouped = choice.view(shape)
             worth = grouped.topk(2, -1)[0].sum(-1) if router.best == "top2" else grouped.max(-1)[0]
             chosen = worth.topk(router.groups // 2, -1, sorted=False)[1]
-            mask = torch.zeros_like(worth).scatter_(1, chosen, 1).unsqueeze(-1)
-            mask = mask.expand(*choice.view(shape).shape).reshape(-1, EXPERTS)
-            choice = choice.masked_fill(~mask.bool(), router.fill)
+            if router.excluded:
+                gone = torch.ones_like(worth, dtype=torch.bool).scatter_(1, chosen, False)
+                choice = grouped.masked_fill(gone.unsqueeze(-1), router.fill).flatten(1)
+            else:
+                mask = torch.zeros_like(worth).scatter_(1, chosen, 1).unsqueeze(-1)
+                mask = mask.expand(*choice.view(shape).shape).reshape(-1, EXPERTS)
+                choice = choice.masked_fill(~mask.bool(), router.fill)
         weights, ids = torch.topk(choice, top_k, dim=-1)
         if router.gathered or router.bias or router.groups:
             weights = scores.gather(1, ids)
@@ -106,6 +111,7 @@ def routers(draw: st.DrawFn) -> Router:
         least=draw(st.sampled_from((0.0, 1e-12))) if renormalize else 0.0,
         scale=draw(st.sampled_from((0.0, 2.5))),
         cast=draw(st.booleans()),
+        excluded=draw(st.booleans()),
     )
 
 
@@ -154,6 +160,70 @@ def test_sixteen_bits_throughout():
     result = run(rounded, *inputs(5, torch.bfloat16))
     assert result.report.matches == {"topk_sigmoid": 1}, result.report
     assert result.report.sites[0].pattern == "rounded, correction bias, renormalized"
+    assert all(map(torch.equal, result.expected, result.actual))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("fill", [float("-inf"), 0.0])
+def test_a_mask_of_the_groups_that_go(groups, tokens, fill):
+    """Of booleans, over [T, groups, 1], as DeepSeek's own inference code has it."""
+    router = Router("sigmoid", bias=True, groups=groups, fill=fill, excluded=True)
+    result = run(route(router, 2), *inputs(tokens, torch.bfloat16))
+    assert result.report.matches == {"grouped_topk": 1}, result.report
+    assert torch.equal(result.expected[1], result.actual[1])
+    assert_same(result)
+
+
+def test_a_mask_of_the_groups_that_stay_is_not_one_of_those_that_go():
+    def kept(logits, bias):
+        scores = logits.sigmoid()
+        worth = scores.view(-1, 4, 4).amax(-1)
+        mask = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, worth.topk(2, -1)[1], True)
+        choice = scores.view(-1, 4, 4).masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(1)
+        ids = choice.topk(2, -1)[1]
+        return scores.gather(1, ids), ids
+
+    result = run(kept, *inputs(5, torch.float32))
+    assert result.report.matches == {}, result.report
+    assert all(map(torch.equal, result.expected, result.actual))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_tokens_in_two_dimensions(scoring, gathered):
+    def batches(logits, bias):
+        scores = score(logits.view(2, 3, EXPERTS).float(), scoring)
+        weights, ids = torch.topk(scores + bias if gathered else scores, 3, dim=-1)
+        weights = scores.gather(-1, ids) if gathered else weights
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    result = run(batches, *inputs(6, torch.bfloat16))
+    assert result.report.matches == {f"topk_{scoring}": 1}, result.report
+    assert torch.equal(result.expected[1], result.actual[1])
+    assert_same(result)
+
+
+def test_the_scores_of_another_token_are_no_weights():
+    """Two tokens a row: the ids of the second of them take scores of the first."""
+
+    def others(logits, bias):
+        scores = logits.softmax(-1)
+        ids = torch.topk(scores, 3, dim=-1)[1]
+        return scores.view(3, 2 * EXPERTS).gather(-1, ids.view(3, 6)), ids
+
+    result = run(others, *inputs(6, torch.float32))
+    assert result.report.matches == {}, result.report
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_scores_rounded_to_sixteen_bits(scoring):
+    def rounded(logits, bias):
+        weights, ids = torch.topk(score(logits.float(), scoring).to(logits.dtype), 3, dim=-1)
+        return weights, ids
+
+    result = run(rounded, *inputs(5, torch.bfloat16))
+    assert result.report.matches == {f"topk_{scoring}": 1}, result.report
     assert all(map(torch.equal, result.expected, result.actual))
 
 

@@ -163,7 +163,7 @@ def test_sums_that_may_leave_int32_are_left_alone():
 
 
 class IntMm(nn.Module):
-    """torch._int_mm and its scales: as torchao spells it, and with float32 scales."""
+    """torch._int_mm and its scales: as torchao spells it (from 0.18 on: "between"), and with float32 scales."""
 
     def __init__(self, k, n, dtype, spelling, bias, seed):
         super().__init__()
@@ -178,6 +178,9 @@ class IntMm(nn.Module):
         rows = scale.reshape(-1, 1)
         if self.spelling == "torchao":
             out = sums * rows.expand(sums.shape) * self.weight_scale
+        elif self.spelling == "between":
+            out = (sums * rows.expand(sums.shape)).to(self.dtype) * self.weight_scale
+            out = out.to(self.dtype)
         elif self.spelling == "cast":
             out = sums.float() * rows * self.weight_scale
         else:
@@ -191,7 +194,7 @@ class IntMm(nn.Module):
     lead=leading,
     k=st.sampled_from((16, 104, 1024)),
     n=st.sampled_from((8, 48, 136)),
-    spelling=st.sampled_from(("torchao", "cast", "promoted")),
+    spelling=st.sampled_from(("torchao", "between", "cast", "promoted")),
     bias=st.booleans(),
     dynamic=st.sampled_from((None, True)),
     seed=st.integers(0, 9),

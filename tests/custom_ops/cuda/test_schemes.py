@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from custom_ops.scales import CODE_DTYPES, CODE_MODES, GROUP_SIZES, SCALE_MODES
+from custom_ops.scales import CODE_DTYPES, CODE_MODES, GROUP_SIZES
 from tests.custom_ops.cuda.inputs import (
     DTYPES,
     inputs_of,
@@ -18,10 +18,14 @@ from tests.custom_ops.cuda.inputs import (
     with_special,
 )
 from tests.custom_ops.helpers import assert_same_bits, outputs
-from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES, kernel
+from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES, kernel, scale_modes
 
 pytestmark = pytest.mark.gpu
-MODES = list(itertools.product(CODE_DTYPES, SCALE_MODES, CODE_MODES))
+MODES = [
+    (codes, *modes)
+    for codes in CODE_DTYPES
+    for modes in itertools.product(scale_modes(codes), CODE_MODES)
+]
 # A row in a part of a warp, in a warp, in a block; odd; hidden 128 x 33; past what registers hold.
 COLS = (1, 7, 33, 127, 128, 384, 1000, 2048, 4224, 5120, 7168, 14336, 16385, 40001)
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import custom_ops
 from custom_ops import tables
 from custom_ops.gemm import scaled_mm_cublaslt
+from custom_ops.gemm.ops import EPILOGUES
 from fusion_passes.testing.strategies import fp8_codes, positive_scales, relayouts, token_shapes
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, fake_mode, fp8, implementation
 
@@ -42,7 +43,7 @@ def products(draw, dtypes=(FP8, INT8)):
     out_dtype = draw(st.sampled_from(OUT_DTYPES))
     bias = draw(st.sampled_from((None, out_dtype, torch.float32)))
     bias = None if bias is None else draw(positive_scales((n,), DEVICE)).sub(1).to(bias)
-    kwargs = {"out_dtype": out_dtype, "epilogue": draw(st.sampled_from(("float32", "out_dtype")))}
+    kwargs = {"out_dtype": out_dtype, "epilogue": draw(st.sampled_from(EPILOGUES))}
     scale_dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     args = (draw(codes((*tokens, k))), a_scale.to(scale_dtype), draw(codes((n, k))), b_scale, bias)
     return args, kwargs
@@ -86,14 +87,14 @@ def test_reference_against_float64(call):
     out = reference(*args, **kwargs)
     assert out.dtype == kwargs["out_dtype"]
     assert out.is_contiguous()
-    assert_close(out, args, FLOAT32, 4 if kwargs["epilogue"] == "out_dtype" else 1)
+    assert_close(out, args, FLOAT32, 1 if kwargs["epilogue"] == "float32" else 4)
 
 
 @given(products())
 def test_triton_against_float64(call):
     args, kwargs = call
     out = triton(*args, **kwargs)
-    assert_close(out, args, ROUNDOFF, 4 if kwargs["epilogue"] == "out_dtype" else 1)
+    assert_close(out, args, ROUNDOFF, 1 if kwargs["epilogue"] == "float32" else 4)
 
 
 @given(products(dtypes=(INT8,)))
@@ -292,7 +293,7 @@ def bad_calls() -> dict:
         "bias shape": ((a, s, b, t, s.bfloat16()), {}, r"bias.shape is \(2, 1\); accepted: \(48,\)"),
         "bias dtype": ((a, s, b, t, t.half()), {}, r"bias.dtype is torch.float16; accepted: torch.bfloat16, torch.f"),
         "out_dtype": ((a, s, b, t), {"out_dtype": FP8}, r"out_dtype is torch.float8_e4m3fn; accepted: torch.bfloat16"),
-        "epilogue": ((a, s, b, t), {"epilogue": "bf16"}, r"epilogue is 'bf16'; accepted: float32, out_dtype"),
+        "epilogue": ((a, s, b, t), {"epilogue": "bf16"}, r"epilogue is 'bf16'; accepted: float32, out_d"),
         "long sums": ((i, s, j, t), {}, r"K is 131072; accepted for int8: up to 131071"),
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ def power_of_two(scale: Array) -> Array:
 def scales(
     amax: Array, x_dtype: torch.dtype, *, min_amax, dtype, scale_format, min_scale, scale_mode
 ):
-    largest = 448.0 if dtype == torch.float8_e4m3fn else 127.0
+    largest = 448.0 if dtype == torch.float8_e4m3fn else 127.5 if "full" in scale_mode else 127.0
     amax = np.maximum(amax, np.float64(np.float32(min_amax)))  # keeps NaN
     factor = to_float32(np.float64(1 / largest))
     if scale_mode.endswith("_or_one"):
@@ -62,10 +62,11 @@ def quotients(x: Array, scale: Array, x_dtype: torch.dtype, code_mode: str) -> A
     return to_dtype(to_float32(x * to_dtype(reciprocal, x_dtype)), x_dtype)
 
 
-def codes(quotient: Array, dtype: torch.dtype) -> Array:
+def codes(quotient: Array, dtype: torch.dtype, scale_mode: str = "divide") -> Array:
     """The values of the nearest codes, ties to even, saturating; NaN is NaN, or 0 in int8."""
     if dtype == torch.int8:
-        return np.nan_to_num(np.rint(np.clip(quotient, -127, 127)), nan=0.0)
+        least = -128 if "full" in scale_mode else -127
+        return np.nan_to_num(np.rint(np.clip(quotient, least, 127)), nan=0.0)
     magnitude = np.minimum(np.abs(quotient), 448.0)
     above = np.clip(np.searchsorted(CODES, magnitude), 0, 126)
     below = np.maximum(above - 1, 0)

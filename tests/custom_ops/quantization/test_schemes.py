@@ -64,7 +64,7 @@ def test_reference_is_exact(scheme, data):
         else:
             expected = np.full(len(groups), call.rest[0].item())
         v = oracle.quotients(groups, expected[:, None], x.dtype, code_mode)
-        wanted = oracle.codes(v, dtype)
+        wanted = oracle.codes(v, dtype, options.get("scale_mode", "divide"))
     got = q.cpu().float().double().reshape(groups.shape).numpy()
     np.testing.assert_array_equal(got, wanted)
     if dtype == FP8:
@@ -107,13 +107,22 @@ def torchao_float8(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor
 
 
 def torchao_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torchao's Int8DynamicActivationInt8WeightConfig computes for its activation, in eager PyTorch."""
+    """What version 1 of torchao's Int8DynamicActivationInt8WeightConfig makes of its activation, in eager PyTorch."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     zero = torch.zeros_like(low)
     m = torch.maximum(-torch.minimum(low, zero), torch.maximum(high, zero))
     scale = (m / 127.0).clamp(min=1e-5)
     codes = torch.round(x * (1.0 / scale)).to(torch.float32).clamp(-127, 127).to(INT8)
     return codes, scale.to(torch.float32)
+
+
+def torchao_int8_of_all_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of version 2, which torchao 0.18 has alone."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    zero = torch.zeros_like(low)
+    m = torch.maximum(-torch.minimum(low, zero), torch.maximum(high, zero))
+    scale = (m / 127.5).float().clamp(min=2.0**-23).to(x.dtype).float()
+    return torch.round(x * (1.0 / scale)).clamp(-128, 127).to(INT8), scale
 
 
 # Eager on a CPU divides by a number; on a GPU it multiplies by the reciprocal.
@@ -130,6 +139,41 @@ def test_these_are_torchaos_bits(dtype, magnitude):
     assert_same_bits(custom_ops.tensor_quant(x, **modes), (codes, scale.view(1)))
     modes |= {"dtype": INT8, "min_scale": 1e-5, "code_mode": "reciprocal_input"}
     assert_same_bits(custom_ops.token_quant(x, **modes), torchao_int8(x))
+    modes |= {"min_scale": 2.0**-23, "code_mode": "reciprocal"}
+    modes["scale_mode"] = IN_INPUT.replace("_input", "_full_input")
+    assert_same_bits(custom_ops.token_quant(x, **modes), torchao_int8_of_all_codes(x))
+
+
+@every_kernel
+@pytest.mark.parametrize("code_mode", custom_ops.scales.CODE_MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["token_quant", "tensor_quant", "group_quant"])
+def test_the_ends_of_all_codes(scheme, dtype, code_mode, which):
+    """By 127.5, rounded to 16 bits, the largest value rounds to 128 or to 127, and the least one to -128 or to -127."""
+    run = kernel(scheme, which)
+    amax = torch.linspace(1.0, 2.0, 129).to(dtype)
+    x = torch.randn(129, 128).clamp(-1, 1).to(dtype)
+    x[:, 0], x[:, 1] = amax, -amax
+    x = x.to(DEVICE)
+    options = {"dtype": INT8, "scale_mode": "reciprocal_full_input", "code_mode": code_mode}
+    rest = (128,) if scheme == "group_quant" else ()
+    for part in (x,) if scheme != "tensor_quant" else x.split(1):
+        codes, scale = run(part, *rest, **options)
+        want = implementation(scheme, "reference")(part, *rest, **options)
+        assert_same_bits((codes, scale), want)
+    codes, scale = implementation("token_quant", "reference")(x, **options)
+    assert set(codes[:, 0].tolist()) == {127}
+    assert -128 in codes[:, 1].tolist()
+
+
+def test_codes_of_float8_and_zero_points_have_no_such_mode():
+    x = bf16(2, 128)
+    for mode in custom_ops.scales.ALL_CODES:
+        for op, args in {"group_quant": (128,), "token_quant": (), "tensor_quant": ()}.items():
+            with pytest.raises(ValueError, match=f"scale_mode is '{mode}'; accepted: divide, "):
+                getattr(custom_ops, op)(x, *args, scale_mode=mode)
+        with pytest.raises(ValueError, match=f"scale_mode is '{mode}'; accepted: divide, "):
+            custom_ops.token_quant_asymmetric(x, scale_mode=mode)
 
 
 def test_the_modes_differ():
