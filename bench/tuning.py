@@ -38,7 +38,9 @@ SCHEMES = (
     "token_quant",
     "token_quant_asymmetric",
     "tensor_quant",
+    "tensor_quant_asymmetric",
     "tensor_quant_static",
+    "tensor_quant_static_asymmetric",
 )
 PRODUCERS = ("rms_norm", "add_rms_norm", "silu_mul", "gelu_tanh_mul", "clamped_swiglu")
 PRODUCT = "scaled_mm"

@@ -120,14 +120,14 @@ class Op:
         """Outputs without data: the fake and Meta kernel."""
         kwargs = self.defaults | kwargs
         self._reject_grad(args)
-        self.check(*args, **kwargs)
+        self._check(args, kwargs)
         return self.empty(*args, **kwargs)
 
     def kernel(self, *args: Any, **kwargs: Any) -> Any:
         """The CPU and CUDA kernel: run the chosen implementation."""
         kwargs = self.defaults | kwargs
         self._reject_grad(args)
-        self.check(*args, **kwargs)
+        self._check(args, kwargs)
         if args[0].numel() == 0:
             outputs = self.empty(*args, **kwargs)
             if all(
@@ -148,7 +148,7 @@ class Op:
         known. Raises what the op raises for bad arguments, and Unavailable when nothing may run.
         """
         args, kwargs = self._bind(args, kwargs)
-        self.check(*args, **kwargs)
+        self._check(args, kwargs)
         rejected: dict[str, str] = {}
         return Choice(self.name, self._select(args, kwargs, rejected), rejected)
 
@@ -178,6 +178,18 @@ class Op:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args, bound.kwargs
+
+    def _check(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """The check, which takes tensors for what they are: the dispatcher lets None pass for any of them."""
+        try:
+            self.check(*args, **kwargs)
+        except AttributeError as error:
+            for declared, value in zip(self.overload._schema.arguments, args, strict=False):
+                if value is None and str(declared.type) == "Tensor":
+                    raise ValueError(
+                        f"{self.name}: {declared.name} is None; accepted: a tensor"
+                    ) from error
+            raise
 
     def _reject_grad(self, args: Sequence[Any]) -> None:
         if not torch.is_grad_enabled():

@@ -46,6 +46,10 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
     return tuple(torch_internals.size_to_expr(size) for size in node.meta["val"].shape)
 
 
+def strides_of(node: fx.Node) -> tuple[Size, ...]:
+    return tuple(torch_internals.size_to_expr(stride) for stride in node.meta["val"].stride())
+
+
 def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 

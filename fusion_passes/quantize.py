@@ -92,6 +92,14 @@ def quantize_(
     chosen = [(name, m) for name, m in linears if take(name, m)]
     if filter is None:
         chosen = _without_weights_read(model, chosen)
+    others = quantize_experts.unknown_experts_of(model) if scheme == "fp8_block" else []
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(
+            f"quantize_ leaves {others[0]}{more} as it is: it has matrices like those of experts, and of these "
+            "fp8_block takes modules of transformers alone, with gate_up_proj (or up_proj) and down_proj",
+            stacklevel=2,
+        )
     for name, linear in chosen:
         check_dtype(f"{name}.weight", linear.weight)
     for name, module in experts:

@@ -195,6 +195,17 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def unknown_experts_of(model: nn.Module) -> list[str]:
+    """The names of other modules with two matrices or more for each expert, such as w1, w2 and w3 of torchtitan's."""
+    known = {id(inner) for _, experts in experts_of(model) for inner in experts.modules()}
+    found = []
+    for name, module in model.named_modules():
+        own = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
+        if len(own) > 1 and len(set(own)) == 1 and id(module) not in known:
+            found.append(name or type(module).__name__)
+    return found
+
+
 def routers_of(model: nn.Module) -> set[str]:
     """The names of the linears that choose experts, or weigh a shared one: those checkpoints keep in 16 bits."""
     found = set()

@@ -170,7 +170,9 @@ def _recognized(address: int) -> tuple[str, bool, float, float]:
     result = output.args[0][0] if isinstance(output.args[0], (tuple, list)) else output.args[0]
     inside: list[fx.Node] = []
     try:
-        words, source, channels = activation_of(reading.strip(result), inside)
+        words, source, channels, up = activation_of(reading.strip(result), inside)
+        if up is not None:
+            raise reading.Unlike(up, f"{reading.called(up)}, gate or up, is no half of its input")
         if reading.strip(source).op != "placeholder" or channels not in (None, width):
             raise reading.Unlike(source, f"{reading.called(source)} comes before it")
     except reading.Unlike as why:

@@ -29,7 +29,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
 def _quantized(
     *inputs: Tensor, norm: Callable[..., Any], scheme: Scheme, keep: bool
 ) -> tuple[Tensor, ...]:
-    values, given = (inputs[:-1], inputs[-1:]) if scheme.given else (inputs, ())
+    count = len(inputs) - len(scheme.given)
+    values, given = inputs[:count], inputs[count:]
     normed, *total = (rms_norm(*values),) if norm is rms_norm else add_rms_norm(*values)
     return *scheme.plain(normed, *given), *((normed,) if keep else ()), *total
 

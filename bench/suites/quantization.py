@@ -75,12 +75,29 @@ def token_quant_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.to(INT8), scale, zero.to(INT8)
 
 
+def tensor_quant_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As torchao's asymmetric int8 dynamic activations, PerTensor: a scale of 16 bits, codes by its reciprocal."""
+    low, high = x.amin((0, 1), keepdim=True), x.amax((0, 1), keepdim=True)
+    zeros = torch.zeros_like(low)
+    low, high = torch.minimum(low, zeros), torch.maximum(high, zeros)
+    scale = ((high - low) / 255.0).float().clamp(min=2.0**-23).to(x.dtype)
+    zero = (-128 - torch.round(low / scale)).float().clamp(-128, 127).to(x.dtype).to(INT8)
+    scale = scale.float()
+    codes = (torch.round(x * (1.0 / scale)) + zero).clamp(-128, 127)
+    return codes.to(INT8), scale.reshape(1), zero.reshape(1)
+
+
+def tensor_quant_static_asymmetric(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor]:
+    """As torchao's static asymmetric int8 activations."""
+    return ((torch.round(x * (1.0 / scale)) + zero).clamp(-128, 127).to(INT8),)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A quantization: its name here, its op, it in plain PyTorch, and the arguments with which the op computes that.
 
     scales: bytes of the scales. passes: how often the values are read, which nothing keeps for that long.
-    given: whether the scale is an input. of_copy: what it must reach of copy bandwidth, alone
+    given: the inputs besides: a scale, and a zero point. of_copy: what it must reach of copy bandwidth, alone
     and fused.
     """
 
@@ -91,26 +108,26 @@ class Scheme:
     rest: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 1
-    given: bool = False
+    given: tuple[Tensor, ...] = ()
     of_copy: tuple[float, float] = (0.0, 0.0)
 
     def inputs(self, device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Inputs:
-        scale = (torch.tensor([0.01], device=device),) if self.given else ()
-        return *activations(device, shapes), *scale
+        return *activations(device, shapes), *(each.to(device) for each in self.given)
 
     def arguments(
         self, *inputs: Any, numbers: tuple[Any, ...] = ()
     ) -> tuple[Inputs, dict[str, Any]]:
         """Arguments of a fused op: inputs of the producer, its numbers, and the scheme's."""
-        values, scale = (inputs[:-1], inputs[-1:]) if self.given else (inputs, ())
-        return (*values, *numbers, *self.rest, *scale), dict(self.options)
+        count = len(inputs) - len(self.given)
+        return (*inputs[:count], *numbers, *self.rest, *inputs[count:]), dict(self.options)
 
     def out_bytes(self, tokens: int, width: int) -> int:
         return tokens * width + self.scales(tokens, width)
 
     def fusion(self, tokens: int, producer: str = "") -> str:
         """The fusion that finds it, after a producer or alone: the whole of one token is what one token has."""
-        op = "token_quant" if self.op == "tensor_quant" and tokens == 1 else self.op
+        whole = self.op in ("tensor_quant", "tensor_quant_asymmetric") and tokens == 1
+        op = self.op.replace("tensor", "token") if whole else self.op
         return f"{producer}_{op}" if producer else op
 
 
@@ -157,7 +174,7 @@ STATIC = Scheme(
     "tensor_quant_static",
     tensor_quant_static,
     _one,
-    given=True,
+    given=(torch.tensor([0.01]),),
     of_copy=(0.95, 0.88),
 )
 ASYMMETRIC = Scheme(
@@ -168,8 +185,27 @@ ASYMMETRIC = Scheme(
     options={"min_scale": 1e-5},
     of_copy=(0.88, 0.88),
 )
-SCHEMES = (GROUP, GROUP_INT8, TOKEN, TOKEN_INT8, TENSOR, STATIC, ASYMMETRIC)
-FUSED = (GROUP, TOKEN, TOKEN_INT8, TENSOR, STATIC, ASYMMETRIC)
+TENSOR_ASYMMETRIC = Scheme(
+    "tensor_quant_asymmetric",
+    "tensor_quant_asymmetric",
+    tensor_quant_asymmetric,
+    lambda tokens, width: 5,
+    options={"min_scale": 2.0**-23, "scale_mode": "divide_input", "code_mode": "reciprocal"},
+    passes=2,
+    of_copy=(0.88, 0.88),
+)
+STATIC_ASYMMETRIC = Scheme(
+    "tensor_quant_static_asymmetric",
+    "tensor_quant_static_asymmetric",
+    tensor_quant_static_asymmetric,
+    lambda tokens, width: 5,
+    options={"code_mode": "reciprocal"},
+    given=(torch.tensor([0.01]), torch.tensor([-7], dtype=INT8)),
+    of_copy=(0.95, 0.88),
+)
+ZERO_POINTS = (ASYMMETRIC, TENSOR_ASYMMETRIC, STATIC_ASYMMETRIC)
+SCHEMES = (GROUP, GROUP_INT8, TOKEN, TOKEN_INT8, TENSOR, STATIC, *ZERO_POINTS)
+FUSED = (GROUP, TOKEN, TOKEN_INT8, TENSOR, STATIC, *ZERO_POINTS)
 
 
 def case(scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
@@ -191,7 +227,7 @@ def case(scheme: Scheme, tokens: int, width: int, *targets: Target) -> Case:
 def cases(tiny: bool = False) -> Iterator[Case]:
     hidden = 256 if tiny else 7168
     for scheme in SCHEMES:
-        usual = (*FEW, 16384) if scheme is ASYMMETRIC else (*DECODE, 4096, 16384)
+        usual = (*FEW, 16384) if scheme in ZERO_POINTS else (*DECODE, 4096, 16384)
         for tokens in (4,) if tiny else usual:
             large = Target("of_copy", scheme.of_copy[0])
             small = Target("of_inductor", 0.97)

@@ -11,7 +11,11 @@ from torch import Tensor
 from custom_ops import library
 from custom_ops.activation import reference
 from custom_ops.implementation import cuda, triton
-from custom_ops.quantization.asymmetric import TOKEN_QUANT_ASYMMETRIC
+from custom_ops.quantization.asymmetric import (
+    TENSOR_QUANT_ASYMMETRIC,
+    TENSOR_QUANT_STATIC_ASYMMETRIC,
+    TOKEN_QUANT_ASYMMETRIC,
+)
 from custom_ops.quantization.checks import check_activation, check_bound, check_like
 from custom_ops.quantization.fused import Producer, fuse
 from custom_ops.quantization.ops import (
@@ -133,14 +137,20 @@ silu_mul_group_quant = fuse(SILU_MUL, GROUP_QUANT)
 silu_mul_token_quant = fuse(SILU_MUL, TOKEN_QUANT)
 silu_mul_token_quant_asymmetric = fuse(SILU_MUL, TOKEN_QUANT_ASYMMETRIC)
 silu_mul_tensor_quant = fuse(SILU_MUL, TENSOR_QUANT)
+silu_mul_tensor_quant_asymmetric = fuse(SILU_MUL, TENSOR_QUANT_ASYMMETRIC)
 silu_mul_tensor_quant_static = fuse(SILU_MUL, TENSOR_QUANT_STATIC)
+silu_mul_tensor_quant_static_asymmetric = fuse(SILU_MUL, TENSOR_QUANT_STATIC_ASYMMETRIC)
 gelu_tanh_mul_group_quant = fuse(GELU_TANH_MUL, GROUP_QUANT)
 gelu_tanh_mul_token_quant = fuse(GELU_TANH_MUL, TOKEN_QUANT)
 gelu_tanh_mul_token_quant_asymmetric = fuse(GELU_TANH_MUL, TOKEN_QUANT_ASYMMETRIC)
 gelu_tanh_mul_tensor_quant = fuse(GELU_TANH_MUL, TENSOR_QUANT)
+gelu_tanh_mul_tensor_quant_asymmetric = fuse(GELU_TANH_MUL, TENSOR_QUANT_ASYMMETRIC)
 gelu_tanh_mul_tensor_quant_static = fuse(GELU_TANH_MUL, TENSOR_QUANT_STATIC)
+gelu_tanh_mul_tensor_quant_static_asymmetric = fuse(GELU_TANH_MUL, TENSOR_QUANT_STATIC_ASYMMETRIC)
 clamped_swiglu_group_quant = fuse(CLAMPED_SWIGLU, GROUP_QUANT)
 clamped_swiglu_token_quant = fuse(CLAMPED_SWIGLU, TOKEN_QUANT)
 clamped_swiglu_token_quant_asymmetric = fuse(CLAMPED_SWIGLU, TOKEN_QUANT_ASYMMETRIC)
 clamped_swiglu_tensor_quant = fuse(CLAMPED_SWIGLU, TENSOR_QUANT)
+clamped_swiglu_tensor_quant_asymmetric = fuse(CLAMPED_SWIGLU, TENSOR_QUANT_ASYMMETRIC)
 clamped_swiglu_tensor_quant_static = fuse(CLAMPED_SWIGLU, TENSOR_QUANT_STATIC)
+clamped_swiglu_tensor_quant_static_asymmetric = fuse(CLAMPED_SWIGLU, TENSOR_QUANT_STATIC_ASYMMETRIC)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from custom_ops.quantization.asymmetric_triton import per_token_asymmetric
+from custom_ops.quantization import asymmetric_triton
 from custom_ops.quantization.triton_kernels import implementations_of, plain
 
 silu_mul = partial(plain, "silu_mul")
@@ -17,7 +17,11 @@ silu_mul = partial(plain, "silu_mul")
     silu_mul_tensor_quant,
     silu_mul_tensor_quant_static,
 ) = implementations_of("silu_mul")
-silu_mul_token_quant_asymmetric = partial(per_token_asymmetric, "silu_mul")
+(
+    silu_mul_token_quant_asymmetric,
+    silu_mul_tensor_quant_asymmetric,
+    silu_mul_tensor_quant_static_asymmetric,
+) = asymmetric_triton.implementations_of("silu_mul")
 
 gelu_tanh_mul = partial(plain, "gelu_tanh_mul")
 (
@@ -26,7 +30,11 @@ gelu_tanh_mul = partial(plain, "gelu_tanh_mul")
     gelu_tanh_mul_tensor_quant,
     gelu_tanh_mul_tensor_quant_static,
 ) = implementations_of("gelu_tanh_mul")
-gelu_tanh_mul_token_quant_asymmetric = partial(per_token_asymmetric, "gelu_tanh_mul")
+(
+    gelu_tanh_mul_token_quant_asymmetric,
+    gelu_tanh_mul_tensor_quant_asymmetric,
+    gelu_tanh_mul_tensor_quant_static_asymmetric,
+) = asymmetric_triton.implementations_of("gelu_tanh_mul")
 
 clamped_swiglu = partial(plain, "clamped_swiglu")
 (
@@ -35,4 +43,8 @@ clamped_swiglu = partial(plain, "clamped_swiglu")
     clamped_swiglu_tensor_quant,
     clamped_swiglu_tensor_quant_static,
 ) = implementations_of("clamped_swiglu")
-clamped_swiglu_token_quant_asymmetric = partial(per_token_asymmetric, "clamped_swiglu")
+(
+    clamped_swiglu_token_quant_asymmetric,
+    clamped_swiglu_tensor_quant_asymmetric,
+    clamped_swiglu_tensor_quant_static_asymmetric,
+) = asymmetric_triton.implementations_of("clamped_swiglu")

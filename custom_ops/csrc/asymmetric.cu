@@ -11,11 +11,11 @@ cudaError_t launch(const Source& source, int64_t rows, int64_t cols, const Asymm
                    cudaStream_t stream) {
   const RowAsymmetric<T> to(out);
   if (source.activation == Activation::none) {
-    return launch_by_row<T>(Sourced<T, Plain<T>>{Plain<T>(source)}, to, rows, cols, 4, stream);
+    return launch_by_row<T>(Sourced<T, Plain<T>>{Plain<T>(source)}, to, rows, cols, 0, stream);
   }
   return with_activation<T>(source, [&](const auto& from) {
     using From = std::decay_t<decltype(from)>;
-    return launch_by_row<T>(Sourced<T, From>{from}, to, rows, cols, 2, stream);
+    return launch_by_row<T>(Sourced<T, From>{from}, to, rows, cols, kManyVecs, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// The sink of rows that become int8 with a zero point.
+// int8 with a zero point: its arithmetic, and the sink of rows.
 #pragma once
 
 #include "row_block.cuh"
@@ -11,14 +11,14 @@ struct Reach {
   uint32_t below = 0;
 };
 
-template <typename T, int V>
-__device__ __forceinline__ void extend(Reach& reach, const Vec<T> (&v)[V]) {
+template <typename T, int N, int V>
+__device__ __forceinline__ void extend(Reach& reach, const Vec<T, N> (&v)[V]) {
   auto high = Packed<T>::from_float(0.0f, 0.0f);
   auto low = high;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
 #pragma unroll
-    for (int j = 0; j < kVec / 2; ++j) {
+    for (int j = 0; j < N / 2; ++j) {
       high = __hmax2_nan(high, v[i].pair[j]);
       low = __hmin2_nan(low, v[i].pair[j]);
     }
@@ -44,27 +44,58 @@ __device__ __forceinline__ uint32_t saturate_int8x2(int second, int first, uint3
 }
 
 // Of quotients below 2^22: adding 1.5 * 2^23 rounds to an integer, ties to even, in the low bits.
-__device__ __forceinline__ uint2 quick_affine(const float (&q)[kVec], int zero_point) {
+template <int N>
+__device__ __forceinline__ Codes<N> quick_affine(const float (&q)[N], int zero_point) {
   constexpr float kRound = 0x1.8p23f;
   const int offset = zero_point - __float_as_int(kRound);
-  int code[kVec];
+  uint32_t words[N / 4];
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) code[i] = __float_as_int(q[i] + kRound) + offset;
-  return make_uint2(saturate_int8x2(code[1], code[0], saturate_int8x2(code[3], code[2], 0u)),
-                    saturate_int8x2(code[5], code[4], saturate_int8x2(code[7], code[6], 0u)));
+  for (int i = 0; i < N; i += 4) {
+    int code[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) code[j] = __float_as_int(q[i + j] + kRound) + offset;
+    words[i / 4] = saturate_int8x2(code[1], code[0], saturate_int8x2(code[3], code[2], 0u));
+  }
+  if constexpr (N == 8) {
+    return make_uint2(words[0], words[1]);
+  } else {
+    return words[0];
+  }
 }
 
-// V vectors of a row whose scale is not a quick one, out of line as `rare_codes` is.
-template <typename T, int V>
-__device__ __noinline__ void rare_affine(Rare<T, kVec, V>& rare, float zero_point, CodeMode mode) {
+// V vectors whose scale is not a quick one, out of line as `rare_codes` is.
+template <typename T, int N, int V>
+__device__ __noinline__ void rare_affine(Rare<T, N, V>& rare, float zero_point, CodeMode mode) {
 #pragma unroll 1
   for (int i = 0; i < V; ++i) {
-    float q[kVec];
+    float q[N];
     any_quotients(rare.v[i], rare.scale[0], mode, q);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) q[j] = clamp_code(round_any(q[j]) + zero_point);
+    for (int j = 0; j < N; ++j) q[j] = clamp_code(round_any(q[j]) + zero_point);
     rare.codes[i] = pack_codes(q, true);
   }
+}
+
+struct Affine {
+  float scale;
+  float zero_point;
+  bool quick;
+};
+
+// Of values that reach so far to either side of zero.
+template <typename T>
+__device__ __forceinline__ Affine affine_of(const Reach& reach, const QuantRule& rule) {
+  const float high = from_bits<T>(reach.above);
+  const float low = -from_bits<T>(reach.below);
+  float extent = high - low;
+  if (rule.scale_in_input) extent = round_to<T>(extent);
+  Affine affine;
+  affine.scale = scale_of<false, T>(extent, rule);
+  float below = __fdiv_rn(low, affine.scale);
+  if (rule.scale_in_input) below = round_to<T>(below);
+  affine.zero_point = clamp_code(-128.0f - round_any(below));
+  affine.quick = is_quick<Usual::no>(extent, affine.scale, rule);
+  return affine;
 }
 
 template <typename T>
@@ -77,17 +108,11 @@ struct RowAsymmetric {
   explicit RowAsymmetric(const AsymmetricQuantized& to)
       : out(to.tokens), zero_points(static_cast<int8_t*>(to.zero_points)) {}
 
-  struct Affine {
-    float scale;
-    float zero_point;
-    bool quick;
-  };
-
   template <int V>
   __device__ __forceinline__ void put(const RowPart& part, const Vec<T> (&v)[V]) const {
     Reach reach;
     extend(reach, v);
-    const Affine affine = affine_of(reach);
+    const Affine affine = whole_row(reach);
     uint8_t* const to = static_cast<uint8_t*>(out.codes) + part.row * part.cols;
     codes_of_affine(v, affine, [&](int i, const uint2& codes) {
       if (part.has(i)) store(reinterpret_cast<uint2*>(to + part.col(i)), codes);
@@ -103,7 +128,7 @@ struct RowAsymmetric {
       const Vec<T> one[1] = {value(vec * kVec)};
       extend(reach, one);
     }
-    const Affine affine = affine_of(reach);
+    const Affine affine = whole_row(reach);
     uint8_t* const to = static_cast<uint8_t*>(out.codes) + row.row * row.cols;
 #pragma unroll 1
     for (int64_t vec = threadIdx.x; vec < row.padded_vecs(); vec += blockDim.x) {
@@ -118,20 +143,10 @@ struct RowAsymmetric {
 
  private:
   // Every thread of the block calls it.
-  __device__ __forceinline__ Affine affine_of(const Reach& reach) const {
+  __device__ __forceinline__ Affine whole_row(const Reach& reach) const {
     uint32_t both[2] = {reach.above, reach.below};
     row_max(both);
-    const float high = from_bits<T>(both[0]);
-    const float low = -from_bits<T>(both[1]);
-    float extent = high - low;
-    if (out.rule.scale_in_input) extent = round_to<T>(extent);
-    Affine affine;
-    affine.scale = scale_of<false, T>(extent, out.rule);
-    float below = __fdiv_rn(low, affine.scale);
-    if (out.rule.scale_in_input) below = round_to<T>(below);
-    affine.zero_point = clamp_code(-128.0f - round_any(below));
-    affine.quick = is_quick<Usual::no>(extent, affine.scale, out.rule);
-    return affine;
+    return affine_of<T>({both[0], both[1]}, out.rule);
   }
 
   // put(i, codes) of V vectors, one after the other.

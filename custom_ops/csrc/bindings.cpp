@@ -20,8 +20,12 @@ constexpr const char* scheme_suffix(Scheme scheme) {
       return "token_quant_asymmetric";
     case Scheme::tensor:
       return "tensor_quant";
+    case Scheme::tensor_asymmetric:
+      return "tensor_quant_asymmetric";
     case Scheme::tensor_static:
       return "tensor_quant_static";
+    case Scheme::tensor_static_asymmetric:
+      return "tensor_quant_static_asymmetric";
   }
   return "";
 }
@@ -47,27 +51,43 @@ std::string joined(const std::string& producer, const std::string& scheme) {
 // ---- ops ------------------------------------------------------------------------------------------------
 
 // Quantizes what `launch` produces, and puts codes, scale and zero point on the stack. launch: takes a Quantized, an
-// AsymmetricQuantized or a TensorQuantized.
+// AsymmetricQuantized, a TensorQuantized or a TensorAsymmetric.
 template <Scheme S, typename Launch>
 void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOptions& options, Dtype dtype,
               Launch launch) {
   check_quant<S>(op, options, x.keep, x.cols);
   QuantRule rule = quant_rule(op, options, dtype);
+  if (is_asymmetric(S)) {
+    if (rule.max != 127.0f) fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input' or '_or_one'");
+    rule.max = 255.0f;
+    rule.max_reciprocal = 1.0f / rule.max;
+  }
   QuantOut out;
   if constexpr (S == Scheme::group || S == Scheme::token) {
     Quantized raw{};
     out = S == Scheme::group ? empty_groups(x, options, rule, raw) : empty_tokens(x, options, rule, raw);
     check_launch(op, launch(raw));
   } else if constexpr (S == Scheme::token_asymmetric) {
-    if (rule.max != 127.0f) fail(op, "scale_mode must be 'divide' or 'reciprocal', alone or with '_input' or '_or_one'");
-    rule.max = 255.0f;
-    rule.max_reciprocal = 1.0f / rule.max;
     AsymmetricQuantized raw{};
     out = empty_tokens(x, options, rule, raw.tokens);
     Tensor zero_points = empty_per_token(x.keep, aoti_torch_dtype_int8());
     raw.zero_points = zero_points.data();
     check_launch(op, launch(raw));
     put(stack[2], zero_points);
+  } else if constexpr (is_asymmetric(S)) {
+    TensorAsymmetric raw{};
+    Tensor maxima;
+    out = empty_tensor(x, options, rule, maxima, raw);
+    const int64_t one = 1;
+    Tensor made;
+    if (!is_static(S)) made = empty(&one, &one, 1, aoti_torch_dtype_int8(), x.keep.device());
+    const Tensor& zero_point = is_static(S) ? options.zero_point : made;
+    if (zero_point.get() != nullptr) {
+      raw.zero_point = zero_point.data();
+      raw.wide = zero_point.dtype() == aoti_torch_dtype_int32();
+    }
+    check_launch(op, launch(raw));
+    if (!is_static(S)) put(stack[2], made);
   } else {
     TensorQuantized raw{};
     Tensor maxima;
@@ -75,10 +95,10 @@ void quantize(const char* op, StableIValue* stack, const Rows& x, const QuantOpt
     check_launch(op, launch(raw));
   }
   put(stack[0], out.codes);
-  if (S != Scheme::tensor_static) put(stack[1], out.scale);
+  if (!is_static(S)) put(stack[1], out.scale);
 }
 
-// x | (gate, up) | (gate, up, alpha, limit), then [group_size | scale] and the keywords of the scheme
+// x | (gate, up) | (gate, up, alpha, limit), then [group_size | scale | scale, zero_point] and the keywords of the scheme
 //   -> out | (q, scale) | (q, scale, zero_point) | q
 template <Activation A, Scheme S>
 void elementwise(StableIValue* stack, uint64_t, uint64_t) {
@@ -125,6 +145,9 @@ void elementwise(StableIValue* stack, uint64_t, uint64_t) {
       if constexpr (S == Scheme::tensor || S == Scheme::tensor_static) {
         return tensor_quant(dtype, source, x.rows, x.cols, out, stream);
       }
+      if constexpr (S == Scheme::tensor_asymmetric || S == Scheme::tensor_static_asymmetric) {
+        return tensor_quant_asymmetric(dtype, source, x.rows, x.cols, out, stream);
+      }
     });
   }
 }
@@ -155,7 +178,7 @@ Weight norm_weight(const char* op, const Tensor& weight, const Tensor& x, int64_
   return {weight.data(), !same, mode};
 }
 
-// (x, [residual,] weight, eps, [group_size | scale,] weight_mode, the keywords of the scheme)
+// (x, [residual,] weight, eps, [group_size | scale | scale, zero_point,] weight_mode, the keywords of the scheme)
 //   -> out | (q, scale) | (q, scale, zero_point) | q, then with Keep out, then residual_out
 template <bool Add, Scheme S, bool Keep = false>
 void norm(StableIValue* stack, uint64_t, uint64_t) {
@@ -211,9 +234,12 @@ void norm(StableIValue* stack, uint64_t, uint64_t) {
       if constexpr (S == Scheme::tensor || S == Scheme::tensor_static) {
         return rms_norm_tensor_quant(dtype, args, out, stream);
       }
+      if constexpr (S == Scheme::tensor_asymmetric || S == Scheme::tensor_static_asymmetric) {
+        return rms_norm_tensor_quant_asymmetric(dtype, args, out, stream);
+      }
     });
   }
-  constexpr int kBefore = S == Scheme::none || S == Scheme::tensor_static ? 1 : S == Scheme::token_asymmetric ? 3 : 2;
+  constexpr int kBefore = S == Scheme::none || is_static(S) ? 1 : is_asymmetric(S) ? 3 : 2;
   if (Keep) put(stack[kBefore], kept);
   if (Add) put(stack[kBefore + Keep], residual_out);
 }
@@ -225,17 +251,16 @@ std::string schema(const std::string& producer, const std::string& positional, c
                    Scheme scheme, bool residual_out, bool kept = false) {
   const std::string quant = quant_keywords(scheme);
   const std::string all = keywords + (keywords.empty() || quant.empty() ? "" : ", ") + quant;
-  const bool one = scheme == Scheme::none || scheme == Scheme::tensor_static;
+  const bool one = scheme == Scheme::none || is_static(scheme);
   std::string returned = scheme == Scheme::none ? "Tensor out" : "Tensor q";
   if (!one) returned += ", Tensor scale";
-  if (scheme == Scheme::token_asymmetric) returned += ", Tensor zero_point";
+  if (!one && is_asymmetric(scheme)) returned += ", Tensor zero_point";
   if (kept) returned += ", Tensor out";
   if (residual_out) returned += ", Tensor residual_out";
   returned = one && !residual_out ? "Tensor" : "(" + returned + ")";
   return joined(producer, scheme_suffix(scheme)) + "(" + positional +
-         (scheme == Scheme::group           ? ", int group_size"
-          : scheme == Scheme::tensor_static ? ", Tensor scale"
-                                            : "") +
+         (scheme == Scheme::group ? ", int group_size" : is_static(scheme) ? ", Tensor scale" : "") +
+         (scheme == Scheme::tensor_static_asymmetric ? ", Tensor? zero_point" : "") +
          (all.empty() ? "" : ", *, " + all) + ") -> " + returned;
 }
 
@@ -279,7 +304,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   define_scheme(m, Scheme::token);
   define_scheme(m, Scheme::token_asymmetric);
   define_scheme(m, Scheme::tensor);
+  define_scheme(m, Scheme::tensor_asymmetric);
   define_scheme(m, Scheme::tensor_static);
+  define_scheme(m, Scheme::tensor_static_asymmetric);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {
@@ -288,5 +315,7 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {
   implement_scheme<Scheme::token>(m);
   implement_scheme<Scheme::token_asymmetric>(m);
   implement_scheme<Scheme::tensor>(m);
+  implement_scheme<Scheme::tensor_asymmetric>(m);
   implement_scheme<Scheme::tensor_static>(m);
+  implement_scheme<Scheme::tensor_static_asymmetric>(m);
 }

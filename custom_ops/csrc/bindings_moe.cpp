@@ -68,7 +68,7 @@ AlignArgs align_args(const char* op, const Pairs& pairs, int64_t block_size) {
   args.pairs = static_cast<int32_t>(count);
   args.block_size = static_cast<int32_t>(block_size);
   args.rows = static_cast<int32_t>(rows);
-  check_launch(op, plan_align(args));
+  plan_align(args);
   return args;
 }
 
@@ -76,7 +76,7 @@ int32_t* int32s(const Tensor& t) { return static_cast<int32_t*>(t.data()); }
 
 void launch_align(const char* op, AlignArgs& args, int32_t device, cudaStream_t stream) {
   Tensor counts;  // which may go when the kernels are enqueued: its memory is reused in their stream
-  if (args.blocks > 1 && !args.cluster) {
+  if (args.blocks > 1) {
     counts = empty_int32(int64_t{args.blocks} * args.ids.experts, device);
     args.counts = int32s(counts);
   }

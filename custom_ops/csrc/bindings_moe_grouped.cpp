@@ -25,14 +25,21 @@ const int32_t* index_of(const char* op, const char* name, const Tensor& t, int64
   return static_cast<const int32_t*>(t.data());
 }
 
-// What both products take: x, the weight, and the index.
+bool in_one_piece(const Tensor& weight) {
+  const int64_t rows = weight.sizes()[1], channels = weight.sizes()[2];
+  const int64_t* const w = weight.strides();
+  return w[2] == 1 && w[1] == channels && (weight.sizes()[0] == 1 || w[0] == rows * channels);
+}
+
+// What both products take: x, the weight, of the first one what gate is multiplied with, and the index.
 struct Operands {
-  Tensor x, weight, sorted_ids, block_experts, num_padded;
+  Tensor x, weight, up, sorted_ids, block_experts, num_padded;
   int32_t device;
 
-  explicit Operands(MoeArguments& arguments)
+  Operands(MoeArguments& arguments, bool first)
       : x(arguments.tensor()),
         weight(arguments.tensor()),
+        up(first ? arguments.optional_tensor() : Tensor()),
         sorted_ids(arguments.tensor()),
         block_experts(arguments.tensor()),
         num_padded(arguments.tensor()) {}
@@ -48,8 +55,7 @@ struct Operands {
     check(op, experts >= 1 && experts <= kMostGroupedExperts, "takes 1 to 256 experts");
     check(op, channels >= 1 && channels % 64 == 0, "needs channels that fill steps of 128 bytes");
     check(op, experts * rows <= INT32_MAX && channels <= INT32_MAX, "counts rows of the weight in 31 bits");
-    const int64_t* const w = weight.strides();
-    check(op, w[2] == 1 && w[1] == channels && (experts == 1 || w[0] == rows * channels), "weight must be contiguous");
+    check(op, in_one_piece(weight), "weight must be contiguous");
     const bool one = x.sizes()[0] <= 1;
     const int64_t pitch = one ? channels : x.strides()[0];
     check(op, x.strides()[1] == 1 && pitch >= channels && pitch % 8 == 0 && on_16_bytes(x.data()) &&
@@ -88,16 +94,29 @@ int multiprocessors(int32_t device) {
   return count;
 }
 
-// (x, weight, sorted_ids, block_experts, num_padded, out, top_k)
+// (x, weight, up, sorted_ids, block_experts, num_padded, out, top_k)
 void gate_up_op(StableIValue* stack, uint64_t, uint64_t) {
   MoeArguments arguments(stack);
-  Operands operands(arguments);
+  Operands operands(arguments, true);
   const Tensor out = arguments.tensor();
   const int64_t top_k = arguments.integer();
   GroupedArgs p = operands.describe(kGateUp);
   const DeviceGuard guard(operands.device);
-  check(kGateUp, p.weight_rows % (2 * kGroup) == 0, "needs halves of a multiple of 128 rows of weight");
-  p.width = p.weight_rows / 2;
+  const Tensor& up = operands.up;
+  const bool apart = up.get() != nullptr;
+  p.width = apart ? p.weight_rows : p.weight_rows / 2;
+  check(kGateUp, (apart || p.weight_rows % 2 == 0) && p.width % kGroup == 0,
+        "needs halves of a multiple of 128 rows of weight");
+  if (apart) {
+    check_cuda(kGateUp, "up", up, operands.device);
+    check(kGateUp, up.dtype() == operands.weight.dtype() && up.dim() == 3 && up.sizes()[0] == p.experts &&
+                       up.sizes()[1] == p.weight_rows && up.sizes()[2] == p.channels && in_one_piece(up) &&
+                       on_16_bytes(up.data()),
+          "up must have the dtype and the sizes of weight, be contiguous and begin on 16 bytes");
+    p.up = up.data();
+  } else {
+    p.up = static_cast<const uint16_t*>(p.weight) + int64_t{p.width} * p.channels;
+  }
   p.column_tiles = p.width / static_cast<int>(kGroup);
   check(kGateUp, top_k >= 1 && p.x_rows * top_k <= INT32_MAX, "top_k must be 1 or more, of less than 2^31 pairs");
   p.top_k = static_cast<int>(top_k);
@@ -110,7 +129,7 @@ void gate_up_op(StableIValue* stack, uint64_t, uint64_t) {
 // (x, weight, sorted_ids, block_experts, num_padded, out)
 void down_op(StableIValue* stack, uint64_t, uint64_t) {
   MoeArguments arguments(stack);
-  Operands operands(arguments);
+  Operands operands(arguments, false);
   const Tensor out = arguments.tensor();
   GroupedArgs p = operands.describe(kDown);
   const DeviceGuard guard(operands.device);
@@ -130,8 +149,8 @@ void down_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def(
-      "moe_grouped_gate_up(Tensor x, Tensor weight, Tensor sorted_ids, Tensor block_experts, Tensor num_padded,"
-      " Tensor(a!) out, int top_k) -> ()");
+      "moe_grouped_gate_up(Tensor x, Tensor weight, Tensor? up, Tensor sorted_ids, Tensor block_experts,"
+      " Tensor num_padded, Tensor(a!) out, int top_k) -> ()");
   m.def(
       "moe_grouped_down(Tensor x, Tensor weight, Tensor sorted_ids, Tensor block_experts, Tensor num_padded,"
       " Tensor(a!) out) -> ()");

@@ -80,7 +80,7 @@ struct Quantized {
 };
 
 // Codes (contiguous) of a tensor with one scale. It is either given, or comes of `maxima`, a place on the device for
-// kMostMaxima magnitudes of which the largest counts, and goes to `scale`.
+// kMostMaxima magnitudes (with zero points, pairs of them) of which the largest counts, and goes to `scale`.
 constexpr int kMostMaxima = 1024;
 struct TensorQuantized {
   void* codes;
@@ -88,6 +88,13 @@ struct TensorQuantized {
   float* scale;
   uint32_t* maxima;
   QuantRule rule;
+};
+
+// The same to int8 with a zero point: int8, and given or written as the scale is; or given as int32, if `wide`; or null,
+// beside a given scale, which stands for 0. The rule's max is 255.
+struct TensorAsymmetric : TensorQuantized {
+  void* zero_point;
+  bool wide;
 };
 
 enum class Activation { none, silu, gelu_tanh, clamped_swiglu };
@@ -127,6 +134,9 @@ cudaError_t token_quant_asymmetric(Dtype dtype, const Source& source, int64_t ro
 // One pass over memory if the scale is given, else two.
 cudaError_t tensor_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const TensorQuantized& out,
                          cudaStream_t stream);
+
+cudaError_t tensor_quant_asymmetric(Dtype dtype, const Source& source, int64_t rows, int64_t cols,
+                                    const TensorAsymmetric& out, cudaStream_t stream);
 
 // A scale per block of 128 x 128, which stands at element (row / 128) * row_stride + column / 128.
 cudaError_t block_quant(Dtype dtype, const Source& source, int64_t rows, int64_t cols, const Quantized& out,
@@ -172,5 +182,7 @@ cudaError_t rms_norm_and_token_quant(Dtype dtype, const NormArgs& args, const Qu
 cudaError_t rms_norm_token_quant_asymmetric(Dtype dtype, const NormArgs& args, const AsymmetricQuantized& out,
                                             cudaStream_t stream);
 cudaError_t rms_norm_tensor_quant(Dtype dtype, const NormArgs& args, const TensorQuantized& out, cudaStream_t stream);
+cudaError_t rms_norm_tensor_quant_asymmetric(Dtype dtype, const NormArgs& args, const TensorAsymmetric& out,
+                                             cudaStream_t stream);
 
 }  // namespace custom_ops

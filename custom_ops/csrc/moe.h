@@ -59,14 +59,9 @@ struct Ids {
 };
 
 constexpr int kMostAlignedExperts = 512;
-// Blocks that share the counting; each keeps a count per expert in the scratch.
+// Blocks that share the pairs; each has a count per expert in the scratch.
 constexpr int kMostAlignBlocks = 128;
-constexpr int kPairsOfOneBlock = 8192;  // up to here there is one, and no scratch
-// From sm_90 on, a cluster of so many blocks takes more than kPairsOfOneOfCluster and up to kPairsOfCluster, without a
-// scratch too: its blocks read each other's counts.
-constexpr int kAlignCluster = 8;
-constexpr int kPairsOfOneOfCluster = 1024;
-constexpr int kPairsOfCluster = 32768;
+constexpr int kPairsOfOneBlock = 512;  // up to here there is one, and no scratch
 
 struct AlignArgs {
   Ids ids;
@@ -82,15 +77,15 @@ struct AlignArgs {
   int32_t* offsets;  // [experts + 1]
   int32_t* counts;   // the scratch, [blocks, experts]
   int32_t blocks;
-  int32_t chunk;  // pairs of a block
-  bool cluster;   // the blocks are one, and need no scratch
+  int32_t threads;  // of a block
+  int32_t chunk;    // pairs of a block
   // A kernel behind this one that may begin early reads and writes nothing before it has waited, but for what no kernel
   // writes (weights): then it may begin with this one, and not only when all that is ahead of this one is done.
   bool next_waits;
 };
 
-// Divides the pairs among blocks. The caller then makes the scratch if there is more than one and no cluster.
-cudaError_t plan_align(AlignArgs& args);
+// Divides the pairs among blocks. The caller then makes the scratch if there is more than one.
+void plan_align(AlignArgs& args);
 cudaError_t moe_align(const AlignArgs& args, cudaStream_t stream);
 
 // ---- tokens to rows and back ----------------------------------------------------------------------------
@@ -129,6 +124,7 @@ struct GroupedArgs {
   int64_t x_rows;
   int64_t x_pitch;  // elements
   const void* weight;  // [experts, weight_rows, channels], contiguous
+  const void* up;  // of the first product: the rows that gate is multiplied with, as far apart as the weight's
   const int32_t* sorted_ids;
   const int32_t* block_experts;
   const int32_t* num_padded;

@@ -123,9 +123,10 @@ __device__ __forceinline__ void multiply_tiles(const GroupedArgs& p, uint8_t* st
 
 #endif
 
+// second_map: of gate_up, that of what gate is multiplied with; of down, that of the rows.
 template <bool GateUp>
 __global__ void __launch_bounds__(kThreads, 1)
-    grouped_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
+    grouped_kernel(const __grid_constant__ CUtensorMap second_map, const __grid_constant__ CUtensorMap weight_map,
                    const __grid_constant__ GroupedArgs p) {
 #ifdef CUSTOM_OPS_HOPPER
   extern __shared__ __align__(1024) uint8_t stages[];
@@ -149,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x / 128 == kConsumers) {
     give_registers<40>();
     if constexpr (GateUp) {
-      load_gathered(p, stages, s, weight_map, rank, tiles);
+      load_gathered(p, stages, s, rank == 0 ? weight_map : second_map, rank, tiles);
     } else if (threadIdx.x % 128 < kLoaders<false>) {
-      load_rows(p, stages, s, x_map, weight_map, rank, tiles);
+      load_rows(p, stages, s, second_map, weight_map, rank, tiles);
     }
   } else {
     take_registers<232>();
@@ -164,12 +165,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <bool GateUp>
 cudaError_t launch(const GroupedArgs& p, int multiprocessors, cudaStream_t stream) {
-  CUtensorMap x_map, weight_map;
+  CUtensorMap second_map, weight_map;
   const int64_t channels = p.channels;
-  cudaError_t error = make_map(&x_map, true, p.x, p.x_rows, channels, p.x_pitch, kBox);
+  // gate and up may be halves of one weight: each ends with the last row of its own
+  const int64_t rows = int64_t{p.experts - 1} * p.weight_rows + p.width;
+  const int box = kWeightRows / kCluster;
+  cudaError_t error = GateUp ? make_map(&second_map, true, p.up, rows, channels, channels, box)
+                             : make_map(&second_map, true, p.x, p.x_rows, channels, p.x_pitch, kBox);
   if (error != cudaSuccess) return error;
-  error = make_map(&weight_map, true, p.weight, int64_t{p.experts} * p.weight_rows, channels, channels,
-                   kWeightRows / kCluster);
+  error = make_map(&weight_map, true, p.weight, rows, channels, channels, box);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(grouped_kernel<GateUp>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -185,7 +189,7 @@ cudaError_t launch(const GroupedArgs& p, int multiprocessors, cudaStream_t strea
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, grouped_kernel<GateUp>, x_map, weight_map, p);
+  return cudaLaunchKernelEx(&config, grouped_kernel<GateUp>, second_map, weight_map, p);
 }
 
 }  // namespace custom_ops::grouped

@@ -37,10 +37,11 @@ constexpr int kRowsOfThread = kTokens / kRowsAtOnce;
 template <bool GateUp>
 constexpr int kLoaders = GateUp ? 128 : 32;
 
-// This block's half of the weight, for both; of gate_up, one half is of the gate and one of what it is multiplied with.
+// This block's half of the weight, for both; of gate_up, one half is of the gate and one of what it is multiplied with,
+// which has a map of its own.
 template <bool GateUp>
 __device__ __forceinline__ int weight_row_of(const GroupedArgs& p, const Place& at, int rank) {
-  return at.expert * p.weight_rows + (GateUp ? at.column * 128 + rank * p.width : at.column * kWeightRows + rank * 128);
+  return at.expert * p.weight_rows + (GateUp ? at.column * 128 : at.column * kWeightRows + rank * 128);
 }
 
 // To be evicted first: nobody else reads it, and L2 then keeps what the next kernel reads.

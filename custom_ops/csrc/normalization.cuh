@@ -159,8 +159,6 @@ __device__ __forceinline__ float reciprocal_rms(float sum, float cols, float eps
 // Makes the normalized row; with Add of x + residual, which it stores.
 template <typename T, bool Add, bool Float32>
 struct Norm {
-  static constexpr bool kWide = false;
-
   NormArgs args;
   float cols;  // as a float: of the device, a slow conversion
 
@@ -277,14 +275,14 @@ struct Norm {
   }
 };
 
-// Without a residual a row brings half the bytes, so that a thread has registers for twice the vectors.
+// With a residual two vectors are faster, of however many rows: 272 instead of 278 us at 16384 rows of 7168 columns.
 template <typename T, bool Add, typename Sink>
 cudaError_t launch_norm(const NormArgs& args, const Sink& sink, cudaStream_t stream) {
-  constexpr int kMost = Add ? 2 : 4;
+  constexpr int64_t kFours = Add ? INT64_MAX : 0;
   if (args.weight.mode == WeightMode::rounded) {
-    return launch_by_row<T>(Norm<T, Add, false>(args), sink, args.rows, args.cols, kMost, stream);
+    return launch_by_row<T>(Norm<T, Add, false>(args), sink, args.rows, args.cols, kFours, stream);
   }
-  return launch_by_row<T>(Norm<T, Add, true>(args), sink, args.rows, args.cols, kMost, stream);
+  return launch_by_row<T>(Norm<T, Add, true>(args), sink, args.rows, args.cols, kFours, stream);
 }
 
 template <typename T, typename Sink>

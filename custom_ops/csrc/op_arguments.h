@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -43,6 +44,10 @@ class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : next_(stack) {}
   Tensor tensor() { return take_tensor(*next_++); }
+  Tensor tensor_or_none() {
+    const auto given = torch::stable::detail::to<std::optional<AtenTensorHandle>>(*next_++);
+    return given ? Tensor(*given) : Tensor();
+  }
   int64_t integer() { return take_int(*next_++); }
   double number() { return take_double(*next_++); }
   std::string string() { return take_string(*next_++); }
@@ -145,13 +150,31 @@ inline Tensor empty_contiguous(const Tensor& like, int32_t dtype) {
 
 // ---- quantization ---------------------------------------------------------------------------------------
 
-enum class Scheme { none, group, token, token_asymmetric, tensor, tensor_static };
+enum class Scheme {
+  none,
+  group,
+  token,
+  token_asymmetric,
+  tensor,
+  tensor_asymmetric,
+  tensor_static,
+  tensor_static_asymmetric
+};
 
-// The arguments of a scheme, in the order of its schema: `take` the positional one, then, after the producer's own,
+// Is its scale an argument?
+constexpr bool is_static(Scheme s) { return s == Scheme::tensor_static || s == Scheme::tensor_static_asymmetric; }
+
+// Its codes have a zero point, and are int8.
+constexpr bool is_asymmetric(Scheme s) {
+  return s == Scheme::token_asymmetric || s == Scheme::tensor_asymmetric || s == Scheme::tensor_static_asymmetric;
+}
+
+// The arguments of a scheme, in the order of its schema: `take` the positional ones, then, after the producer's own,
 // the keywords.
 struct QuantOptions {
   int64_t group_size = 0;
-  Tensor given;  // the scale of tensor_static
+  Tensor given;       // the scale of a static scheme
+  Tensor zero_point;  // and its zero point, or none
   std::string layout = "row_major";
   double min_amax = 0;
   int32_t dtype = 0;
@@ -164,24 +187,18 @@ struct QuantOptions {
 template <Scheme S>
 void take_positional(Arguments& arguments, QuantOptions& options) {
   if (S == Scheme::group) options.group_size = arguments.integer();
-  if (S == Scheme::tensor_static) options.given = arguments.tensor();
+  if (is_static(S)) options.given = arguments.tensor();
+  if (S == Scheme::tensor_static_asymmetric) options.zero_point = arguments.tensor_or_none();
 }
 
 template <Scheme S>
 void take_keywords(Arguments& arguments, QuantOptions& options) {
   if (S == Scheme::none) return;
-  if (S == Scheme::token_asymmetric) {
-    options.dtype = aoti_torch_dtype_int8();
-    options.min_scale = arguments.number();
-    options.scale_mode = arguments.string();
-    options.code_mode = arguments.string();
-    return;
-  }
   if (S == Scheme::group) options.layout = arguments.string();
-  if (S != Scheme::tensor_static) options.min_amax = arguments.number();
-  options.dtype = arguments.dtype();
-  if (S != Scheme::tensor_static) {
-    options.format = arguments.string();
+  if (!is_static(S) && !is_asymmetric(S)) options.min_amax = arguments.number();
+  options.dtype = is_asymmetric(S) ? aoti_torch_dtype_int8() : arguments.dtype();
+  if (!is_static(S)) {
+    if (!is_asymmetric(S)) options.format = arguments.string();
     options.min_scale = arguments.number();
     options.scale_mode = arguments.string();
   }
@@ -234,6 +251,17 @@ inline QuantRule quant_rule(const char* op, const QuantOptions& options, Dtype i
   return rule;
 }
 
+// A tensor of one element beside the quantized one.
+inline void check_given(const char* op, const char* name, const Tensor& t, const Tensor& x, bool dtype_is_right,
+                        const char* dtype) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) elements *= t.sizes()[d];
+  if (elements != 1 || !dtype_is_right) fail(op, name, " must be ", dtype, " of one element");
+  if (t.device_type() != aoti_torch_device_type_cuda() || t.device() != x.device()) {
+    fail(op, name, " must be on the device of the quantized tensor");
+  }
+}
+
 template <Scheme S>
 void check_quant(const char* op, const QuantOptions& options, const Tensor& x, int64_t cols) {
   const bool packed = S == Scheme::group && options.format == "ue8m0_packed";
@@ -259,21 +287,20 @@ void check_quant(const char* op, const QuantOptions& options, const Tensor& x, i
   if ((S == Scheme::token || S == Scheme::token_asymmetric) && cols == 0) {
     fail(op, "the last dimension must be 1 or more, got 0");
   }
-  if (S == Scheme::tensor_static) {
-    int64_t elements = 1;
-    for (int64_t d = 0; d < options.given.dim(); ++d) elements *= options.given.sizes()[d];
-    if (elements != 1 || options.given.dtype() != aoti_torch_dtype_float32()) {
-      fail(op, "scale must be float32 of one element");
-    }
-    if (options.given.device_type() != aoti_torch_device_type_cuda() || options.given.device() != x.device()) {
-      fail(op, "scale must be on the device of the quantized tensor");
-    }
+  if (is_static(S)) {
+    const Tensor& scale = options.given;
+    check_given(op, "scale", scale, x, scale.dtype() == aoti_torch_dtype_float32(), "float32");
+  }
+  if (S == Scheme::tensor_static_asymmetric && options.zero_point.get() != nullptr) {
+    const int32_t dtype = options.zero_point.dtype();
+    check_given(op, "zero_point", options.zero_point, x,
+                dtype == aoti_torch_dtype_int8() || dtype == aoti_torch_dtype_int32(), "int8 or int32");
   }
 }
 
 struct QuantOut {
   Tensor codes;
-  Tensor scale;  // none of tensor_static
+  Tensor scale;  // none if it is given
 };
 
 // The geometry of scales per group of [rows, cols] in the layout asked for: row_major contiguous, column_major with
@@ -352,7 +379,7 @@ inline QuantOut empty_tensor(const Rows& x, const QuantOptions& options, const Q
     raw.given = static_cast<const float*>(options.given.data());
   } else {
     out.scale = empty(&one, &one, 1, aoti_torch_dtype_float32(), device);
-    const int64_t most = kMostMaxima;
+    const int64_t most = 2 * kMostMaxima;  // of the pairs of zero points
     maxima = empty(&most, &one, 1, aoti_torch_dtype_int32(), device);
     raw.scale = static_cast<float*>(out.scale.data());
     raw.maxima = static_cast<uint32_t*>(maxima.data());
@@ -367,7 +394,8 @@ inline std::string quant_keywords(Scheme scheme, const std::string& layout = "ro
   if (scheme == Scheme::none) return "";
   const std::string code_mode = "str code_mode=\"divide\"";
   const std::string scale_mode = "float min_scale=0.0, str scale_mode=\"divide\", ";
-  if (scheme == Scheme::token_asymmetric) return scale_mode + code_mode;
+  if (scheme == Scheme::tensor_static_asymmetric) return code_mode;
+  if (is_asymmetric(scheme)) return scale_mode + code_mode;
   const std::string dtype = "ScalarType dtype=float8_e4m3fn, ";
   if (scheme == Scheme::tensor_static) return dtype + code_mode;
   return (scheme == Scheme::group ? "str scale_layout=\"" + layout + "\", " : "") + ("float min_amax=1e-10, " + dtype) +

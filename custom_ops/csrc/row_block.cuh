@@ -260,7 +260,7 @@ struct RowToToken {
 // ---- kernels ------------------------------------------------------------------------------------------------------
 
 template <typename T, int V, typename Maker, typename Sink>
-__global__ void __launch_bounds__(V == 4 ? kMaxThreadsOfFour : kMaxThreads, V == 4 && !Maker::kWide ? 2 : 1)
+__global__ void __launch_bounds__(V == 4 ? kMaxThreadsOfFour : kMaxThreads, V == 4 ? 2 : 1)
     row_kernel(const __grid_constant__ Maker maker, const __grid_constant__ Sink sink, int64_t rows, int64_t cols) {
   if (Sink::kPass == Pass::first) let_second_begin();
   if (Sink::kPass == Pass::second) wait_for_first();
@@ -291,10 +291,15 @@ __global__ void __launch_bounds__(LongThreads<Sink>::kMost)
 // Rows from which fewer threads with more vectors each are faster: 7168 columns on an H100 take 275 instead of
 // 281 us at 16384 rows, but 3.3 instead of 3.1 us at 16.
 constexpr int64_t kManyRows = 256;
+// Vectors in all up to which a thread has one: a gate on 256 rows of 2048 columns takes 2.7 instead of 2.8 us.
+constexpr int64_t kFewVecs = 1 << 16;
+// Vectors in all from which a thread has four: a gate takes 11.8 instead of 13.8 us on 1024 rows of 7168 columns, but
+// 4.7 instead of 4.5 us on 256.
+constexpr int64_t kManyVecs = 1 << 19;
 
-// most: of vectors for a thread that many rows may ask for, 2 or 4.
+// fours: the vectors in all from which many rows ask for four of a thread.
 template <typename T, typename Maker, typename Sink>
-cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, int64_t cols, int most,
+cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, int64_t cols, int64_t fours,
                           cudaStream_t stream) {
   if (rows == 0 || cols == 0) return cudaSuccess;
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
@@ -309,8 +314,11 @@ cudaError_t launch_by_row(const Maker& maker, const Sink& sink, int64_t rows, in
     return launch_kernel(long_row_kernel<T, Maker, Sink>, static_cast<unsigned>(rows), threads, shared, stream,
                          begins_early(sink), maker, sink, cols, aligned);
   }
+  const int64_t all = rows * vecs;
   int v = vecs > kMaxThreads ? 2 : 1;
-  if (rows >= kManyRows && vecs >= 2 * kWarp) v = most == 4 && vecs >= 4 * kWarp ? 4 : vecs > kMaxThreads ? 4 : 2;
+  if (rows >= kManyRows && vecs >= 2 * kWarp && all > kFewVecs) {
+    v = vecs > kMaxThreads || (vecs >= 4 * kWarp && all >= fours) ? 4 : 2;
+  }
   unsigned threads = whole_warps((vecs + v - 1) / v);
   while (threads <= kWarp && threads / 2 >= vecs) threads /= 2;  // several rows per warp
   const unsigned rows_per_block = threads >= 128 ? 1 : 128 / threads;

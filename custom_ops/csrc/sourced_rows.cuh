@@ -9,8 +9,6 @@ namespace custom_ops {
 // Makes a row of a source.
 template <typename T, typename From>
 struct Sourced {
-  static constexpr bool kWide = From::kWide;
-
   From from;
 
   bool vectorizable(int64_t cols) const { return from.vectorizable(cols); }
@@ -19,10 +17,17 @@ struct Sourced {
   template <int V>
   __device__ __forceinline__ void fill(const RowPart& part, Vec<T> (&v)[V]) const {
     typename From::template Raw<kVec> raw[V];
+    const auto row = from.begin(part.exists ? part.row : 0);
+    // Two ways, or the compiler moves each load to where its values are used.
+    if (part.has(V - 1)) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      raw[i] = {};
-      if (part.has(i)) raw[i] = from.template load<kVec, true>(part.row, part.col(i), part.cols);
+      for (int i = 0; i < V; ++i) raw[i] = from.template load<kVec, true>(row, part.col(i), part.cols);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        raw[i] = {};
+        if (part.has(i)) raw[i] = from.template load<kVec, true>(row, part.col(i), part.cols);
+      }
     }
     from.make(raw, v);
   }

@@ -10,8 +10,6 @@ namespace custom_ops {
 // x itself.
 template <typename T>
 struct Plain {
-  static constexpr bool kWide = false;  // are the values of a thread many registers?
-
   Matrix x;
 
   template <int N>
@@ -23,10 +21,21 @@ struct Plain {
 
   bool vectorizable(int64_t cols) const { return custom_ops::vectorizable(x, cols); }
 
+  // Where a row begins: once, for all that a thread loads of it.
+  struct Row {
+    const T* x;
+  };
+  __device__ __forceinline__ Row begin(int64_t row) const { return {row_of<T>(x, row)}; }
+
+  template <int N, bool Aligned>
+  __device__ __forceinline__ Raw<N> load(const Row& row, int64_t col, int64_t cols) const {
+    return {Aligned ? load_const<T, N>(row.x + col)
+                    : load_scalar<T, N>(row.x + col * x.col_stride, cols - col, x.col_stride)};
+  }
+
   template <int N, bool Aligned>
   __device__ __forceinline__ Raw<N> load(int64_t row, int64_t col, int64_t cols) const {
-    const T* const p = row_of<T>(x, row);
-    return {Aligned ? load_const<T, N>(p + col) : load_scalar<T, N>(p + col * x.col_stride, cols - col, x.col_stride)};
+    return load<N, Aligned>(begin(row), col, cols);
   }
 
   template <int N, int R>
@@ -40,8 +49,6 @@ struct Plain {
 // tensor, or with Interleaved its even and odd columns.
 template <typename T, typename Function, bool Interleaved = false>
 struct Gated {
-  static constexpr bool kWide = true;
-
   Matrix gate;
   Matrix up;
   Function function;
@@ -61,21 +68,30 @@ struct Gated {
     return custom_ops::vectorizable(both, cols);
   }
 
+  struct Row {
+    const T* gate;
+    const T* up;
+  };
+  __device__ __forceinline__ Row begin(int64_t row) const { return {row_of<T>(gate, row), row_of<T>(up, row)}; }
+
   template <int N, bool Aligned>
-  __device__ __forceinline__ Raw<N> load(int64_t row, int64_t col, int64_t cols) const {
+  __device__ __forceinline__ Raw<N> load(const Row& row, int64_t col, int64_t cols) const {
     Raw<N> raw;
-    const T* const g = row_of<T>(gate, row);
     if constexpr (Aligned && Interleaved) {
-      const T* const p = g + 2 * col;
+      const T* const p = row.gate + 2 * col;
       deinterleave(load_const<T, N>(p), load_const<T, N>(p + N), raw.gate, raw.up);
     } else {
-      const T* const u = row_of<T>(up, row);
-      raw.gate = Aligned ? load_const<T, N>(g + col)
-                         : load_scalar<T, N>(g + col * gate.col_stride, cols - col, gate.col_stride);
-      raw.up = Aligned ? load_const<T, N>(u + col)
-                       : load_scalar<T, N>(u + col * up.col_stride, cols - col, up.col_stride);
+      raw.gate = Aligned ? load_const<T, N>(row.gate + col)
+                         : load_scalar<T, N>(row.gate + col * gate.col_stride, cols - col, gate.col_stride);
+      raw.up = Aligned ? load_const<T, N>(row.up + col)
+                       : load_scalar<T, N>(row.up + col * up.col_stride, cols - col, up.col_stride);
     }
     return raw;
+  }
+
+  template <int N, bool Aligned>
+  __device__ __forceinline__ Raw<N> load(int64_t row, int64_t col, int64_t cols) const {
+    return load<N, Aligned>(begin(row), col, cols);
   }
 
   template <int N, int R>

@@ -64,11 +64,11 @@ cudaError_t launch(const Source& source, int64_t rows, int64_t cols, const Quant
     const Usual rule = few<T>(source, rows, cols) ? usual_of_tokens(out.rule) : Usual::no;
     if (rule == Usual::fp8) return launch_few<T, Usual::fp8>(source, rows, cols, out, stream);
     if (rule == Usual::fp8_in_input) return launch_few<T, Usual::fp8_in_input>(source, rows, cols, out, stream);
-    return launch_by_row<T>(Sourced<T, Plain<T>>{Plain<T>(source)}, to, rows, cols, 4, stream);
+    return launch_by_row<T>(Sourced<T, Plain<T>>{Plain<T>(source)}, to, rows, cols, 0, stream);
   }
   return with_activation<T>(source, [&](const auto& from) {
     using From = std::decay_t<decltype(from)>;
-    return launch_by_row<T>(Sourced<T, From>{from}, to, rows, cols, 2, stream);
+    return launch_by_row<T>(Sourced<T, From>{from}, to, rows, cols, kManyVecs, stream);
   });
 }
 

@@ -127,7 +127,7 @@ def _check(
     declared["ep_dispatch"].check(
         x, scale, topk_ids, topk_weights, num_experts, group, max_tokens=max_tokens
     )
-    given = how | {"expert_map": None, "hidden_scale": scale, "routed_experts": 0}
+    given = how | {"expert_map": None, "hidden_scale": scale, "routed_experts": 0, "up": None}
     declared["fused_moe"].check(x, gate_up, down, topk_weights, topk_ids, **given)
     check_choice(_OP, "exchange", exchange, EXCHANGES)
     check_at_least(_OP, "split_from", split_from, 0)

@@ -62,10 +62,11 @@ class Activation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `reference`, by the fastest op there is for the device."""
-        if not self.gated:
-            return torch.relu(x).square()
+        return self.of(*self.halves(x)) if self.gated else torch.relu(x).square()
+
+    def of(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same for gate and up [..., I], in any strides."""
         ops = torch.ops.custom_ops
-        gate, up = self.halves(x)
         if self.name == "clamped_swiglu":
             return ops.clamped_swiglu(gate, up, self.alpha, self.limit)
         if self.name == "clamped_silu_mul":

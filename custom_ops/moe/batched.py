@@ -220,6 +220,7 @@ def _check(
         hidden_scale=scale,
         out_dtype=out_dtype,
         routed_experts=0,
+        up=None,
     )
 
 

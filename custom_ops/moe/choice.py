@@ -130,7 +130,7 @@ def _decided(problem: Problem) -> tuple[Pipeline | None, dict[str, str]]:
     from custom_ops import library
 
     device = problem.hidden_states.device
-    weights = (problem.gate_up, problem.down)
+    weights = (*problem.first_weights, problem.down)
     key = (
         device,
         problem.dtype,

@@ -28,8 +28,13 @@ def _experts(problem: Problem, prepared: Prepared) -> Tensor:
     metadata = prepared.metadata
     assert metadata.offsets is not None
     ends = metadata.offsets[1:]
-    first = _product(prepared.x, problem.gate_up, problem.gate_up_bias, prepared, ends)
-    between = problem.activation(first)
+    x, bias = prepared.x, problem.gate_up_bias
+    if problem.up is None:
+        between = problem.activation(_product(x, problem.gate_up, bias, prepared, ends))
+    else:
+        biases = (None, None) if bias is None else bias.chunk(2, 1)
+        pairs = zip(problem.first_weights, biases, strict=True)
+        between = problem.activation.of(*(_product(x, w, b, prepared, ends) for w, b in pairs))
     return _product(between, problem.down, problem.down_bias, prepared, ends)
 
 
@@ -64,7 +69,10 @@ def _unsupported(problem: Problem) -> str | None:
 
 def misplaced(problem: Problem) -> str | None:
     """Why a library that reads weights by rows or by columns of 16 bytes cannot read these, or None."""
-    for name, weight in (("gate_up", problem.gate_up), ("down", problem.down)):
+    weights = [("gate_up", problem.gate_up), ("down", problem.down), ("up", problem.up)]
+    for name, weight in weights:
+        if weight is None:
+            continue
         step = _ALIGNMENT_BYTES // weight.element_size()
         expert, row, column = weight.stride()
         if known(column == 1) and known(row >= weight.shape[2]):
@@ -92,6 +100,7 @@ GROUPED_MM = Experts(
     _experts,
     "contiguous",
     "contiguous",
+    apart=True,
     workspace=_bytes,
     unavailable=unavailable,
     unsupported=_unsupported,

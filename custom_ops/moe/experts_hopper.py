@@ -46,7 +46,7 @@ def _run(problem: Problem, prepared: Prepared) -> Tensor:
         return out
     gate_up, down = _op("moe_grouped_gate_up"), _op("moe_grouped_down")
     with on_device(x):
-        gate_up(x, problem.gate_up, *index, act, sizes.top_k)
+        gate_up(x, problem.gate_up, problem.up, *index, act, sizes.top_k)
         down(act, problem.down, *index, out)
     return out
 
@@ -83,7 +83,10 @@ def _unsupported(problem: Problem) -> str | None:
     ):
         if not known(size % COLUMNS == 0):
             return f"needs {name} a multiple of {COLUMNS}, it is {size}"
-    for name, weight in (("gate_up", problem.gate_up), ("down", problem.down)):
+    weights = [("gate_up", problem.gate_up), ("down", problem.down), ("up", problem.up)]
+    for name, weight in weights:
+        if weight is None:
+            continue
         if not weight.is_contiguous():
             return f"reads contiguous weights, the strides of {name} are {weight.stride()}"
         if not known(weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES == 0):
@@ -107,6 +110,7 @@ EXPERTS = (
         "pairs",
         "16_bit",
         None,
+        apart=True,
         align=lambda problem: ROWS,
         workspace=_bytes,
         unavailable=unavailable,

@@ -37,6 +37,7 @@ def _grouped(problem: Problem, prepared: Prepared) -> Tensor:
         aligned,
         problem.sizes.top_k,
         activation=problem.activation,
+        up=problem.up,
         bias=problem.gate_up_bias,
         x_scale=prepared.scale,
         w_scale=problem.gate_up_scale,
@@ -67,6 +68,7 @@ def _direct(problem: Problem, prepared: Prepared) -> Tensor:
         problem.topk_ids,
         _tiles_of_few(problem),
         activation=problem.activation,
+        up=problem.up,
         x_scale=prepared.scale,
         gate_up_bias=problem.gate_up_bias,
         down_bias=problem.down_bias,
@@ -102,6 +104,7 @@ def _few(problem: Problem, prepared: Prepared) -> Tensor:
         problem.topk_weights,
         problem.topk_ids,
         activation=problem.activation,
+        up=problem.up,
         gate_up_bias=problem.gate_up_bias,
         down_bias=problem.down_bias,
         gate_up_scale=problem.gate_up_scale,
@@ -136,8 +139,13 @@ def _too_many_ids(problem: Problem) -> str | None:
     return None
 
 
-def _no_experts(problem: Problem) -> str | None:
-    return None if problem.sizes.num_experts else "there is no expert here"
+def _not_alike(problem: Problem) -> str | None:
+    if not problem.sizes.num_experts:
+        return "there is no expert here"
+    strides = [weight.stride() for weight in problem.first_weights]
+    if strides[0] != strides[-1]:
+        return f"reads gate and up in the same strides, here are {strides[0]} and {strides[1]}"
+    return None
 
 
 def _grouped_bytes(sizes: Sizes, itemsize: int) -> int:
@@ -167,10 +175,11 @@ def _experts(weights: str, quantization: str | None) -> tuple[Experts, ...]:
         "tokens",
         "reduced",
         weights,
+        apart=True,
         applies_topk_weights=True,
         workspace=_few_bytes,
         unavailable=unavailable,
-        unsupported=lambda problem: _no_experts(problem) or _too_many(problem),
+        unsupported=lambda problem: _not_alike(problem) or _too_many(problem),
     )
     direct = Experts(
         f"triton_direct{suffix}",
@@ -180,9 +189,10 @@ def _experts(weights: str, quantization: str | None) -> tuple[Experts, ...]:
         "pairs",
         weights,
         quantization,
+        apart=True,
         workspace=_direct_bytes,
         unavailable=unavailable,
-        unsupported=lambda problem: _no_experts(problem) or _too_many_ids(problem),
+        unsupported=lambda problem: _not_alike(problem) or _too_many_ids(problem),
     )
     grouped = Experts(
         f"triton{suffix}",
@@ -192,10 +202,11 @@ def _experts(weights: str, quantization: str | None) -> tuple[Experts, ...]:
         "pairs",
         weights,
         quantization,
+        apart=True,
         align=_block_size,
         workspace=_grouped_bytes,
         unavailable=unavailable,
-        unsupported=_no_experts,
+        unsupported=_not_alike,
     )
     return few, grouped, direct
 

@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from custom_ops.moe.activation import Activation
-from custom_ops.moe.gluon_kernels import BLOCK_M, HALF, MOST_STAGES, ROWS, grouped
+from custom_ops.moe.gluon_finish import HALF, ROWS
+from custom_ops.moe.gluon_kernels import BLOCK_M, MOST_STAGES, grouped
 from custom_ops.moe.tiles import Aligned
 from custom_ops.moe.triton_operands import GROUP, strides
 from custom_ops.platform import cuda_capability, on_device

@@ -24,11 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from custom_ops.moe.triton_products import activate
+from custom_ops.moe.gluon_finish import HALF, ROWS, finish_act, finish_pairs, finish_silu
 
 BLOCK_M = gl.constexpr(128)
-ROWS = gl.constexpr(64)  # of a warp group
-HALF = gl.constexpr(128)  # columns of one of the two sums of a tile
 SLOTS = gl.constexpr(4)  # tiles that were told and are not all taken
 LINEAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # Sums take 64 KiB of the 227 that a program may have, and a stage 48.
@@ -268,76 +266,24 @@ def _hand(sum_0, sum_1, sums_0, sums_1, done, free, handed, T: gl.constexpr):
 
 
 @gluon.jit
-def _finish_act(
-    sums_0, sums_1, out_ptr, out_scale_ptr, start, column_tile, width, min_amax,
-    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
-):  # fmt: skip
-    """[ROWS, HALF] of the activation, or its codes and their scales: HALF channels are one group.
-
-    A warp has whole rows, so that their largest value is found within it.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    of_row: gl.constexpr = gl.SliceLayout(1, layout)
-    for piece in range(ROWS // PIECE):
-        out = activate(
-            sums_0.index(piece).load(layout), sums_1.index(piece).load(layout), 0.0, 0.0, GATE
-        )
-        row = start.to(gl.int64) + piece * PIECE + gl.arange(0, PIECE, layout=of_row)
-        column = column_tile * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-        place = out_ptr + gl.expand_dims(row * width, 1) + gl.expand_dims(column, 0)
-        if QUANTIZE:
-            v = out.to(gl.float32)
-            largest = gl.max(v.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-            lowest = gl.full([PIECE], min_amax, gl.float32, layout=of_row)
-            amax = gl.maximum(largest, lowest.to(gl.int32, bitcast=True)).to(
-                gl.float32, bitcast=True
-            )
-            scale = gl.div_rn(amax, gl.full([PIECE], CODE_MAX, gl.float32, layout=of_row))
-            gl.store(out_scale_ptr + row * (width // HALF) + column_tile, scale)
-            # v / scale, correctly rounded: `unsupported` lets through no bound that makes a scale subnormal.
-            one = gl.full([PIECE], 1.0, gl.float32, layout=of_row)
-            zero = gl.full([PIECE, HALF], 0.0, gl.float32, layout=layout)
-            reciprocal = zero + gl.expand_dims(gl.div_rn(one, scale), 1)
-            guess = v * reciprocal
-            residual = gl.fma(guess, zero + gl.expand_dims(scale, 1), v * -1.0)
-            better = gl.fma(residual, reciprocal * -1.0, guess)
-            codes = gl.where(residual == residual, better, guess).to(gl.float8e4nv)
-            gl.store(place, codes.to(gl.uint8, bitcast=True))
-        else:
-            gl.store(place, out, mask=gl.expand_dims(column < width, 0))
-
-
-@gluon.jit
-def _finish_pairs(sums_0, sums_1, out_ptr, ids_ptr, start, first, pairs, N, PIECE: gl.constexpr):
-    """[ROWS, HALF], twice, of the second product, at the places of its pairs."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    column = first + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    for piece in gl.static_range(ROWS // PIECE):
-        row = start + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
-        pair = gl.load(ids_ptr + row)
-        tile_0 = sums_0.index(piece).load(layout)
-        tile_1 = sums_1.index(piece).load(layout)
-        place = out_ptr + gl.expand_dims(pair.to(gl.int64) * N, 1) + gl.expand_dims(column, 0)
-        here = gl.expand_dims(pair < pairs, 1)
-        gl.store(place, tile_0, mask=here & gl.expand_dims(column < N, 0))
-        gl.store(place + HALF, tile_1, mask=here & gl.expand_dims(column + HALF < N, 0))
-
-
-@gluon.jit
 def _finish_group(
     here, sums_0, sums_1, done, free, handed, out_ptr, out_scale_ptr, ids_ptr, start, column_tile, columns,
     pairs, width, min_amax,
-    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr,
+    PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr, FAST: gl.constexpr,
 ):  # fmt: skip
     """What a multiplying group hands over, if its rows have a pair; how often it has handed anything over by then."""
     if here != 0:
         mbarrier.wait(done, handed & 1)
         if GATE == "none":
-            _finish_pairs(
+            finish_pairs(
                 sums_0, sums_1, out_ptr, ids_ptr, start, column_tile * columns, pairs, width, PIECE
             )
+        elif FAST:
+            finish_silu(
+                sums_0, sums_1, out_ptr, out_scale_ptr, start, column_tile, width, min_amax, PIECE, CODE_MAX
+            )  # fmt: skip
         else:
-            _finish_act(
+            finish_act(
                 sums_0, sums_1, out_ptr, out_scale_ptr, start, column_tile, width, min_amax,
                 PIECE, GATE, QUANTIZE, CODE_MAX,
             )  # fmt: skip
@@ -352,6 +298,7 @@ def _finish(
     out_ptr, out_scale_ptr, ids_ptr, padded_ptr, slots, told, taken, g0_0, g0_1, g1_0, g1_1, done, free,
     pairs, column_tiles, columns, width, min_amax,
     PIECE: gl.constexpr, GATE: gl.constexpr, QUANTIZE: gl.constexpr, CODE_MAX: gl.constexpr, BAND: gl.constexpr,
+    FAST: gl.constexpr,
 ):  # fmt: skip
     """What the finishing warps do, while the others are at the next tile."""
     blocks = gl.load(padded_ptr) // BLOCK_M
@@ -364,11 +311,11 @@ def _finish(
         start = block * BLOCK_M
         handed_0 = _finish_group(
             code & 1, g0_0, g0_1, done.index(0), free.index(0), handed_0, out_ptr, out_scale_ptr, ids_ptr, start,
-            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
+            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX, FAST,
         )  # fmt: skip
         handed_1 = _finish_group(
             code & 2, g1_0, g1_1, done.index(1), free.index(1), handed_1, out_ptr, out_scale_ptr, ids_ptr, start + ROWS,
-            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX,
+            column_tile, columns, pairs, width, min_amax, PIECE, GATE, QUANTIZE, CODE_MAX, FAST,
         )  # fmt: skip
         count += 1
         code = _told(slots, told, taken, count)
@@ -447,7 +394,8 @@ def grouped(
         mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=2)
     # Rows that are finished at a time: finishing warps have few registers, and an activation is more than a copy.
-    PIECE: gl.constexpr = 32 if GATE == "none" else 8
+    FAST: gl.constexpr = GATE == "silu_mul" and QUANTIZE and gl.bfloat16 == T
+    PIECE: gl.constexpr = 32 if GATE == "none" else (16 if FAST else 8)
     of_sums: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     g0_0 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
     g0_1 = gl.allocate_shared_memory(T, [ROWS // PIECE, PIECE, HALF], of_sums)
@@ -488,7 +436,7 @@ def grouped(
                 (
                     out_ptr, out_scale_ptr, ids_ptr, padded_ptr, slots, told, taken,
                     g0_0, g0_1, g1_0, g1_1, done, free, pairs, column_tiles, columns, width, min_amax,
-                    PIECE, GATE, QUANTIZE, CODE_MAX, BAND,
+                    PIECE, GATE, QUANTIZE, CODE_MAX, BAND, FAST,
                 ),
             ),
         ],

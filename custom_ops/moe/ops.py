@@ -45,6 +45,7 @@ def fused_moe(
     hidden_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     routed_experts: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """A mixture of experts: each token through its top_k experts, weighted and added up.
 
@@ -73,6 +74,10 @@ def fused_moe(
     hidden_scale: None, or hidden_states are quantized already, as `group_quant(..., 128)` does: float8_e4m3fn codes
     with one float32 scale per 128 channels, [T, ceil(H / 128)], for float8 weights; T above is then out_dtype, bfloat16
     or float16, which says nothing otherwise. The bits are those of quantizing here.
+
+    up: None, or what gate is multiplied with is a weight of its own, as in Mixtral and torchtitan: gate_up is that of
+    gate alone then, [E, I, H], and up one like it, of its dtype and shape. All is as for torch.cat([gate_up, up], 1),
+    bias and scales of gate_up too; float8 needs I to be a multiple of 128. Not for interleaved ones or "relu2".
 
     routed_experts: among how many experts the router chose, where most of them are elsewhere and no expert_map says so;
     0 for those that are here. It decides what is fastest, and never what comes out.
@@ -108,6 +113,7 @@ def fused_moe(
         hidden_scale=hidden_scale,
         out_dtype=out_dtype,
         routed_experts=routed_experts,
+        up=up,
     )
 
 
@@ -133,6 +139,7 @@ def _check(
     hidden_scale: Tensor | None,
     out_dtype: torch.dtype,
     routed_experts: int,
+    up: Tensor | None,
 ) -> None:
     activations.check(_OP, activation, interleaved, alpha, limit)
     if hidden_scale is None:
@@ -153,12 +160,18 @@ def _check(
     gated = activation != "relu2"
     if known(hidden == 0) or known(rows == 0):
         raise ValueError(f"{_OP}: gate_up.shape is {tuple(gate_up.shape)}; accepted: sizes >= 1")
+    if up is not None:
+        _check_up(gate_up, up, activation, interleaved)
+        rows *= 2
     require(
         not gated or rows % 2 == 0,
         lambda: f"{_OP}: gate_up.shape[1] is {rows}; accepted for {activation!r}: an even number",
     )
     width = rows // 2 if gated else rows
-    _check_tensor("gate_up", gate_up, (experts, rows, hidden), hidden_states)
+    both = (experts, rows if up is None else width, hidden)
+    _check_tensor("gate_up", gate_up, both, hidden_states)
+    if up is not None:
+        _check_tensor("up", up, both, hidden_states)
     _check_tensor("down", down, (experts, hidden, width), hidden_states)
     top_k = topk_ids.shape[1]
     if known(top_k == 0):
@@ -202,6 +215,17 @@ def _check(
     check_choice(_OP, "code_mode", code_mode, CODE_MODES)
 
 
+def _check_up(gate: Tensor, up: Tensor, activation: str, interleaved: bool) -> None:
+    if interleaved or activation == "relu2":
+        how = "interleaved" if interleaved else f"activation {activation!r}"
+        raise ValueError(f"{_OP}: up is a tensor; accepted with {how}: None")
+    check_choice(_OP, "up.dtype", up.dtype, (gate.dtype,))
+    if gate.dtype == FP8 and known(gate.shape[1] % BLOCK != 0):
+        raise ValueError(
+            f"{_OP}: gate_up.shape[1] is {gate.shape[1]}; accepted for {FP8} with up: a multiple of {BLOCK}"
+        )
+
+
 def _check_dims(name: str, tensor: Tensor, sizes: str) -> None:
     wanted = sizes.count(",") + 1
     if tensor.dim() != wanted:
@@ -240,6 +264,7 @@ def _empty(
     hidden_scale: Tensor | None,
     out_dtype: torch.dtype,
     routed_experts: int,
+    up: Tensor | None,
 ) -> Tensor:
     dtype = hidden_states.dtype if hidden_scale is None else out_dtype
     return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
@@ -252,7 +277,7 @@ FUSED_MOE = library.define(
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? gate_up_scale=None, "
     "Tensor? down_scale=None, Tensor? expert_map=None, float min_amax=1e-10, "
     "str scale_mode='divide', str code_mode='divide', Tensor? hidden_scale=None, "
-    "ScalarType out_dtype=bfloat16, int routed_experts=0) -> Tensor",
+    "ScalarType out_dtype=bfloat16, int routed_experts=0, Tensor? up=None) -> Tensor",
     check=_check,
     empty=_empty,
     reference=reference.fused_moe,

@@ -98,7 +98,8 @@ class Experts:
 
     run(problem, prepared) -> Tensor in output_format. family: the implementation of `fused_moe` that it belongs to.
     activation_format, quantization: what it takes. weights: of which it can read, in the words of `Problem.weights`.
-    gate_up: the order of the halves that it reads; "up_first" has to keep them once more. align: a multiple of what
+    gate_up: the order of the halves that it reads; "up_first" has to keep them once more. apart: whether it reads gate
+    and up where they are two weights. align: a multiple of what
     rows each expert has in a contiguous format, or the block size of the index, from the problem. unavailable(device):
     why it cannot run there. The others: see Prepare.
     """
@@ -111,6 +112,7 @@ class Experts:
     weights: str = "16_bit"
     quantization: str | None = None
     gate_up: str = "gate_first"
+    apart: bool = False
     align: Callable[[Problem], int] = lambda problem: 1
     applies_topk_weights: bool = False
     workspace: Callable[[Sizes, int], int] = _nothing
@@ -161,6 +163,8 @@ class Pipeline:
         """Why it cannot take a problem, or None. Symbolic sizes must be known to fit."""
         if problem.weights != self.experts.weights:
             return f"{self.experts.name} reads weights of {self.experts.weights}, not {problem.weights}"
+        if problem.up is not None and not self.experts.apart:
+            return f"{self.experts.name} reads gate and up as one weight, here are two"
         if problem.hidden_scale is not None and self.prepare.quantization is None:
             return f"Prepare {self.prepare.name} takes tokens in 16 bits, these are quantized"
         tokens = problem.sizes.num_tokens

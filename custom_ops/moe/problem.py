@@ -65,6 +65,7 @@ class Problem:
     hidden_scale: Tensor | None = None
     out_dtype: torch.dtype = torch.bfloat16
     routed_experts: int = 0
+    up: Tensor | None = None
 
     @classmethod
     def of(
@@ -89,9 +90,16 @@ class Problem:
     def sizes(self) -> Sizes:
         tokens, hidden = self.hidden_states.shape
         experts, rows, _ = self.gate_up.shape
+        if self.up is not None:
+            rows *= 2
         return Sizes(
             tokens, self.topk_ids.shape[1], experts, hidden, self.activation.width(rows), rows
         )
+
+    @property
+    def first_weights(self) -> tuple[Tensor, ...]:
+        """Of the first product: gate_up, or gate and up where they are apart."""
+        return (self.gate_up,) if self.up is None else (self.gate_up, self.up)
 
     @property
     def everywhere(self) -> int:

@@ -84,6 +84,7 @@ def fused_moe(
     hidden_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     routed_experts: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """`custom_ops.fused_moe`, expert by expert. It reads on the host how many pairs an expert has."""
     act = Activation(activation, interleaved, alpha, limit)
@@ -101,12 +102,11 @@ def fused_moe(
     for expert in experts.unique().tolist():
         if expert < 0:
             continue
+        weight = gate_up[expert] if up is None else torch.cat([gate_up[expert], up[expert]])
         chosen = (experts.flatten() == expert).nonzero().flatten()
         tokens = chosen // top_k
         x, x_scale = hidden_states[tokens], None if hidden_scale is None else hidden_scale[tokens]
-        first = product(
-            x, gate_up[expert], of(gate_up_bias, expert), of(gate_up_scale, expert), x_scale
-        )
+        first = product(x, weight, of(gate_up_bias, expert), of(gate_up_scale, expert), x_scale)
         between = act.reference(first)
         second = product(between, down[expert], of(down_bias, expert), of(down_scale, expert))
         pairs[chosen] = second

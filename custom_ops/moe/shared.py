@@ -47,6 +47,7 @@ def fused_moe_and_shared(
     scale_mode: str = "divide",
     code_mode: str = "divide",
     routed_experts: int = 0,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fused_moe` of tokens, and the experts that all of them share, at the same time: both results, [T, H].
 
@@ -82,6 +83,7 @@ def fused_moe_and_shared(
         scale_mode=scale_mode,
         code_mode=code_mode,
         routed_experts=routed_experts,
+        up=up,
     )
 
 
@@ -150,7 +152,7 @@ library.define(
     "str activation='silu_mul', bool interleaved=False, float alpha=1.702, float limit=7.0, "
     "Tensor? gate_up_bias=None, Tensor? down_bias=None, Tensor? gate_up_scale=None, "
     "Tensor? down_scale=None, Tensor? expert_map=None, float min_amax=1e-10, "
-    "str scale_mode='divide', str code_mode='divide', int routed_experts=0) "
+    "str scale_mode='divide', str code_mode='divide', int routed_experts=0, Tensor? up=None) "
     "-> (Tensor routed, Tensor shared)",
     check=_check,
     empty=_empty,

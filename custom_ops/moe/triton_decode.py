@@ -59,7 +59,7 @@ def _place(FIRST: tl.constexpr):
 
 @triton.jit
 def _decode_gate_up(
-    x_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, ids_ptr, map_ptr, mapped, experts, top_k, width, K,
+    x_ptr, w_ptr, up_ptr, w_scale_ptr, bias_ptr, out_ptr, ids_ptr, map_ptr, mapped, experts, top_k, width, K,
     x_row, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert, alpha, limit, min_amax,
     GATE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr,
@@ -90,9 +90,16 @@ def _decode_gate_up(
     biases = bias_ptr
     if BIAS:
         biases = bias_ptr + expert * bias_expert + lane
+    second = width + first
+    before_up = 0
+    w_up = w_ptr
+    if up_ptr is not None:
+        second = first
+        before_up = width
+        w_up = up_ptr
     sum_0, sum_1 = row_sums(
-        x_ptr + (pair // top_k).to(tl.int64) * x_row, w_ptr + expert * w_expert, scales, first, width + first,
-        inside, K, w_row, w_col, ws_row, ws_block, min_amax, T, BLOCK_K, COLUMNS, HALVES,
+        x_ptr + (pair // top_k).to(tl.int64) * x_row, w_ptr + expert * w_expert, w_up + expert * w_expert, scales,
+        first, second, before_up, inside, K, w_row, w_col, ws_row, ws_block, min_amax, T, BLOCK_K, COLUMNS, HALVES,
         EVEN_K, SCALED, UNIFORM, SCALE_MODE, CODE_MODE, CODE_MAX, NATIVE_FP8, STAGES, LANES,
     )  # fmt: skip
     gate = _finish(sum_0, channels, biases, inside, T, CHANNEL, BIAS)
@@ -251,6 +258,7 @@ def moe_decode(
     topk_ids: Tensor,
     *,
     activation: Activation,
+    up: Tensor | None = None,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     gate_up_scale: Tensor | None = None,
@@ -270,6 +278,8 @@ def moe_decode(
     tokens, hidden = x.shape
     top_k = topk_ids.shape[1]
     experts, outputs, _ = gate_up.shape
+    if up is not None:
+        outputs *= 2
     width = activation.width(outputs)
     rows = as_rows(x)
     gate_up_scale, down_scale = vector(gate_up_scale), vector(down_scale)
@@ -311,7 +321,8 @@ def moe_decode(
     columns_of, rows_of = triton.cdiv(width, first.n), tokens * top_k
     with on_device(x):
         _decode_gate_up[(rows_of, columns_of) if tokens > 1 else (columns_of, rows_of)](
-            rows, pointer(gate_up), gate_up_scale, vector(gate_up_bias), act, ids, table, mapped, experts,
+            rows, pointer(gate_up), None if up is None else pointer(up), gate_up_scale, vector(gate_up_bias), act, ids,
+            table, mapped, experts,
             top_k, width, hidden, rows.stride(0), *gate_up.stride(), *strides(gate_up_scale, 3), outputs,
             activation.alpha, activation.limit, min_amax,
             GATE=activation.name, INTERLEAVED=activation.interleaved, BIAS=gate_up_bias is not None,

@@ -20,6 +20,7 @@ from custom_ops.moe.triton_operands import (
     asked_for,
     constants,
     fitting,
+    of_both,
     pointer,
     resident,
     strides,
@@ -56,7 +57,8 @@ def _pairs_from(mine, order, first, pairs, BLOCK_M: tl.constexpr, PAIRS: tl.cons
 
 @triton.jit(do_not_specialize=["pairs", "resident"])
 def _gate_up(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, ids_ptr, map_ptr, ahead_ptr,
+    x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, ids_ptr, map_ptr,
+    ahead_ptr, up_ahead_ptr,
     mapped, pairs, top_k, width, K, experts, resident,
     x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     alpha, limit, min_amax,
@@ -72,7 +74,7 @@ def _gate_up(
     expert, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     HALVES: tl.constexpr = 2 if GATE != "relu2" and not INTERLEAVED else 1
-    rows = 2 * width if GATE != "relu2" else width
+    rows = 2 * width if GATE != "relu2" and up_w is None else width
     if PDL:
         if AHEAD > 0:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
             # The ids are not there yet: an expert that nobody names is asked for in vain.
@@ -80,9 +82,10 @@ def _gate_up(
                 first = column_tile * COLUMNS
                 ask_for(ahead_ptr, expert, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE)
                 if HALVES == 2:
-                    first += width
+                    if up_w is None:
+                        first += width
                     ask_for(
-                        ahead_ptr, expert, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
+                        up_ahead_ptr, expert, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
                     )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -90,7 +93,7 @@ def _gate_up(
     for at in range(0, tl.sum(mine.to(tl.int32), axis=0), BLOCK_M):
         pair = _pairs_from(mine, order, at, pairs, BLOCK_M, PAIRS)
         gate_up_tile(
-            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+            x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
             pair, pair.to(tl.int64), expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
@@ -143,6 +146,7 @@ def experts(
     choice: Choice,
     *,
     activation: Activation,
+    up: Tensor | None = None,
     x_scale: Tensor | None = None,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -156,15 +160,15 @@ def experts(
 ) -> Tensor:
     """The experts' result of every pair, [T * K, H] in their order; none for a pair whose expert is elsewhere.
 
-    x, gate_up, down, and what belongs to them: as `triton_experts.gate_up` and `down` have them; tokens in codes make
-    the activation codes too. topk_ids: [T, K], of at most MOST_PAIRS pairs. choice: the block size and both tiles.
+    x, gate_up, up, down, and what belongs to them: as `triton_experts.gate_up` and `down` have them; tokens in codes
+    make the activation codes too. topk_ids: [T, K], of at most MOST_PAIRS pairs. choice: the block size and both tiles.
     """
     quantize, dtype = x_scale is not None, dtype or x.dtype
     rows, top_k, pairs = as_rows(x), topk_ids.shape[1], topk_ids.numel()
     if pairs > MOST_PAIRS:
         raise ValueError(f"experts: topk_ids has {pairs} pairs; accepted: {MOST_PAIRS} or fewer")
     count, outputs, hidden = gate_up.shape
-    width = activation.width(outputs)
+    width = activation.width(outputs) if up is None else outputs
     act = x.new_empty((pairs, width), dtype=torch.float8_e4m3fn if quantize else dtype)
     act_scale = None
     if quantize:
@@ -187,11 +191,14 @@ def experts(
     mapped = 0 if expert_map is None else expert_map.shape[0]
     halves = 2 if activation.gated else 1
     tile = fitting(choice.gate_up, choice.block_size + halves * choice.gate_up.n, rows, gate_up)
+    tile = of_both(tile, up)
     columns = 2 * tile.n if activation.interleaved else tile.n
     with on_device(x):
         _gate_up[(count * triton.cdiv(width, tile.n),)](
-            pointer(rows), x_scale, weight_operand(gate_up, columns, tile), scale, bias,
+            pointer(rows), x_scale, weight_operand(gate_up, columns, tile),
+            None if up is None else weight_operand(up, columns, tile), scale, bias,
             act.view(torch.uint8) if quantize else act, act_scale, *indices, asked_for(rows, gate_up, tile),
+            asked_for(rows, gate_up if up is None else up, tile),
             mapped, pairs, top_k, width, hidden, count,
             resident(tile, choice.block_size + halves * tile.n, rows, gate_up),
             rows.stride(0), *strides(x_scale, 2), *gate_up.stride(), *strides(scale, 3), strides(bias, 2)[0],

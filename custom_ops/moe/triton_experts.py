@@ -21,6 +21,7 @@ from custom_ops.moe.triton_operands import (
     asked_for,
     constants,
     fitting,
+    of_both,
     pointer,
     resident,
     rows_by_descriptor,
@@ -44,7 +45,7 @@ def sorted_pairs(sorted_ids_ptr, start, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def gate_up_tile(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+    x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
     pair, position, expert, column_tile, pairs, top_k, width, K,
     x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     alpha, limit, min_amax,
@@ -69,12 +70,18 @@ def gate_up_tile(
     COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     HALVES: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
     first = column_tile * COLUMNS
-    second = width + first
     rows = 2 * width if GATED else width
+    second = width + first
+    before_up = 0
+    rows_of_w = rows
+    if up_w is not None:
+        second = first
+        before_up = width
+        rows_of_w = width
     sum_0, sum_1 = contract(
         x_ptrs, 0, x_scale_ptrs, xs_block,
-        w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
-        expert, first, second, rows, K,
+        w, up_w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
+        expert, first, second, before_up, rows_of_w, K,
         T, BLOCK_M, COLUMNS, BLOCK_K, HALVES, SWAP, False, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, NATIVE_FP8,
     )  # fmt: skip
     scales = w_scale_ptr
@@ -120,7 +127,8 @@ def gate_up_tile(
 
 @triton.jit(do_not_specialize=["blocks", "pairs", "resident"])
 def _gate_up(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr, experts_ptr, ahead_ptr,
+    x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr, sorted_ids_ptr, experts_ptr,
+    ahead_ptr, up_ahead_ptr,
     blocks, pairs, top_k, width, K, experts, resident,
     x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
     alpha, limit, min_amax,
@@ -135,7 +143,7 @@ def _gate_up(
     block, column_tile = place(blocks, tl.cdiv(width, BLOCK_N), BAND)
     COLUMNS: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     HALVES: tl.constexpr = 2 if GATE != "relu2" and not INTERLEAVED else 1
-    rows = 2 * width if GATE != "relu2" else width
+    rows = 2 * width if GATE != "relu2" and up_w is None else width
     if PDL:
         if AHEAD > 0:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
             # The index is not there yet. Where most experts have a block, that of this one is about its number, and
@@ -144,9 +152,10 @@ def _gate_up(
                 likely, first = tl.minimum(block, experts - 1), column_tile * COLUMNS
                 ask_for(ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE)
                 if HALVES == 2:
-                    first += width
+                    if up_w is None:
+                        first += width
                     ask_for(
-                        ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
+                        up_ahead_ptr, likely, first, rows, K, w_expert, w_row, COLUMNS, AHEAD, LINE
                     )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -161,7 +170,7 @@ def _gate_up(
     if full:
         pair, position = sorted_pairs(sorted_ids_ptr, start, BLOCK_M)
         gate_up_tile(
-            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+            x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
             pair, position, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
@@ -172,7 +181,7 @@ def _gate_up(
         # Names of their own: Triton merges those of both branches, and these have another size.
         pair_half, position_half = sorted_pairs(sorted_ids_ptr, start, BLOCK_M // 2)
         gate_up_tile(
-            x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
+            x_ptr, x_scale_ptr, w, up_w, w_scale_ptr, bias_ptr, out_ptr, out_scale_ptr,
             pair_half, position_half, expert, column_tile, pairs, top_k, width, K,
             x_row, xs_row, xs_block, w_expert, w_row, w_col, ws_expert, ws_row, ws_block, bias_expert,
             alpha, limit, min_amax, T, GATE, INTERLEAVED, QUANTIZE, SCALE_MODE, CODE_MODE, CODE_MAX,
@@ -204,8 +213,8 @@ def down_tile(
     first = column_tile * BLOCK_N
     sums, _ = contract(
         a_ptrs, start, a_scale_ptrs, as_block,
-        w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
-        expert, first, first, N, K,
+        w, None, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
+        expert, first, first, 0, N, K,
         T, BLOCK_M, BLOCK_N, BLOCK_K, 1, SWAP, A_TMA, TMA, N_INNER, EVEN_K, SCALED, UNIFORM, NATIVE_FP8,
     )  # fmt: skip
     scales = w_scale_ptr
@@ -291,6 +300,7 @@ def gate_up(
     top_k: int,
     *,
     activation: Activation,
+    up: Tensor | None = None,
     bias: Tensor | None = None,
     x_scale: Tensor | None = None,
     w_scale: Tensor | None = None,
@@ -304,7 +314,8 @@ def gate_up(
     """activation(x[token] @ weight[expert].T + bias) of every sorted pair: [P, I], row i of the pair sorted_ids[i].
 
     x: [T, H] bfloat16 or float16, or float8_e4m3fn codes with x_scale [T, ceil(H / 128)]. weight: [E, 2 * I, H], or
-    [E, I, H] for "relu2", in any strides; float8_e4m3fn with w_scale [E, ceil(rows / 128), ceil(H / 128)], or int8 with
+    [E, I, H] for "relu2", in any strides; or with up the first half of it, and that the second, in the same strides,
+    bias and w_scale still of both; float8_e4m3fn with w_scale [E, ceil(rows / 128), ceil(H / 128)], or int8 with
     w_scale [E, rows] beside x in 16 bits. dtype: that of the roundings; that of x where x is no codes. quantize:
     returns float8_e4m3fn codes [P, I] and their float32 scales [P, ceil(I / 128)] as `group_quant` with the last
     three keywords gives them. Rows of padding and of blocks without an expert hold nothing.
@@ -312,7 +323,7 @@ def gate_up(
     rows, dtype = as_rows(x), dtype or x.dtype
     bias, w_scale = vector(bias), vector(w_scale)
     experts, outputs, hidden = weight.shape
-    width = activation.width(outputs)
+    width = activation.width(outputs) if up is None else outputs
     if tile is None:
         pairs = x.shape[0] * top_k
         tile = choose(
@@ -322,7 +333,8 @@ def gate_up(
         specialized = _with_roles()
         gate = "other" if activation.interleaved else activation.name
         modes = (scale_mode, code_mode)
-        if quantize == (x_scale is not None) and not specialized.unsupported(
+        whole = up is None and quantize == (x_scale is not None)
+        if whole and not specialized.unsupported(
             rows,
             weight,
             aligned,
@@ -347,6 +359,7 @@ def gate_up(
                 band=tile.band,
             )
         tile = tile.without_roles(weight.element_size())
+    tile = of_both(tile, up)
     columns = 2 * tile.n if activation.interleaved else tile.n
     halves = 2 if activation.gated else 1
     tile = fitting(tile, aligned.block_size + halves * tile.n, rows, weight)
@@ -363,9 +376,11 @@ def gate_up(
     if out.numel() and experts:
         with on_device(x):
             _gate_up[(blocks * triton.cdiv(width, tile.n),)](
-                pointer(rows), x_scale, weight_operand(weight, columns, tile), w_scale, bias,
+                pointer(rows), x_scale, weight_operand(weight, columns, tile),
+                None if up is None else weight_operand(up, columns, tile), w_scale, bias,
                 out.view(torch.uint8) if quantize else out, scale,
                 aligned.sorted_ids, aligned.block_experts, asked_for(rows, weight, tile),
+                asked_for(rows, weight if up is None else up, tile),
                 blocks, x.shape[0] * top_k, top_k, width, hidden, experts,
                 resident(tile, aligned.block_size + halves * tile.n, rows, weight),
                 rows.stride(0), *strides(x_scale, 2), *weight.stride(), *strides(w_scale, 3), strides(bias, 2)[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,6 +140,11 @@ def weight_by_descriptor(weight: Tensor, tile: Tile) -> bool:
     starts = [*pitches, weight.shape[1] // 2] if inner == 1 else pitches
     aligned = all(s * weight.element_size() % 16 == 0 for s in starts) and min(pitches) > 0
     return weight.stride(inner) == 1 and aligned and weight.data_ptr() % 16 == 0
+
+
+def of_both(tile: Tile, up: Tensor | None) -> Tile:
+    """The tile, without the accelerator where that cannot read up, which lies in the strides of gate."""
+    return tile if up is None or weight_by_descriptor(up, tile) else replace(tile, tma=False)
 
 
 def weight_operand(weight: Tensor, columns: int, tile: Tile) -> Any:

@@ -117,14 +117,16 @@ def _block_scale(
 @triton.jit
 def contract(
     a, start, a_scale_ptrs, a_scale_block,
-    w, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
-    expert, first, second, N, K,
+    w, up, w_expert, w_row, w_col, w_scale_ptr, ws_expert, ws_row, ws_block,
+    expert, first, second, before_up, N, K,
     T: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     HALVES: tl.constexpr, SWAP: tl.constexpr, A_TMA: tl.constexpr, TMA: tl.constexpr, N_INNER: tl.constexpr,
     EVEN_K: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
     """float32 sums [BLOCK_M, COLUMNS] of the columns from `first` on and, with two HALVES, from `second` on.
 
+    up: what has the latter, in the strides of w, or None where w has both; scales have the columns of up from
+    `before_up` on, which is 0 where w has both.
     a: pointers [BLOCK_M, BLOCK_K], the rows at their first channels; or, with A_TMA, a descriptor of rows, of which
     those from `start` on are meant. w: a descriptor of the weights [E, N, K] (or
     [E, K, N] under N_INNER), or their pointer. SCALED: codes with scales of 128 channels; BLOCK_K is 128.
@@ -139,12 +141,16 @@ def contract(
     # Beyond the end the first column is read, which costs no mask; what comes of it is not stored.
     column_0 = tl.where(first + lane < N, first + lane, 0)
     column_1 = tl.where(second + lane < N, second + lane, 0)
-    w_ptrs_0 = w
-    w_ptrs_1 = w
+    w_0 = w
+    w_1 = w
+    if up is not None:
+        w_1 = up
+    w_ptrs_0 = w_0
+    w_ptrs_1 = w_1
     if not TMA:
-        base = w + expert.to(tl.int64) * w_expert + k[:, None].to(tl.int64) * w_col
-        w_ptrs_0 = base + column_0[None, :].to(tl.int64) * w_row
-        w_ptrs_1 = base + column_1[None, :].to(tl.int64) * w_row
+        base = expert.to(tl.int64) * w_expert + k[:, None].to(tl.int64) * w_col
+        w_ptrs_0 = w_0 + base + column_0[None, :].to(tl.int64) * w_row
+        w_ptrs_1 = w_1 + base + column_1[None, :].to(tl.int64) * w_row
     a_ptrs = a
     for block in range(tl.cdiv(K, BLOCK_K)):
         at = block * BLOCK_K
@@ -161,14 +167,16 @@ def contract(
             a_scale = tl.load(a_scale_ptrs)
             a_scale_ptrs += a_scale_block
             scales = w_scale_ptr + expert.to(tl.int64) * ws_expert + block * ws_block
-        b = _weights(w, w_ptrs_0, expert, first, at, in_k, COLUMNS, BLOCK_K, TMA, N_INNER, EVEN_K)
+        b = _weights(w_0, w_ptrs_0, expert, first, at, in_k, COLUMNS, BLOCK_K, TMA, N_INNER, EVEN_K)
         b_scale = _block_scale(scales, ws_row, first, column_0, COLUMNS, SCALED, UNIFORM)
         sum_0 = _add_product(sum_0, left, b, a_scale, b_scale, T, SWAP, SCALED, NATIVE_FP8)
         if HALVES == 2:
             b = _weights(
-                w, w_ptrs_1, expert, second, at, in_k, COLUMNS, BLOCK_K, TMA, N_INNER, EVEN_K
+                w_1, w_ptrs_1, expert, second, at, in_k, COLUMNS, BLOCK_K, TMA, N_INNER, EVEN_K
             )
-            b_scale = _block_scale(scales, ws_row, second, column_1, COLUMNS, SCALED, UNIFORM)
+            b_scale = _block_scale(
+                scales, ws_row, before_up + second, before_up + column_1, COLUMNS, SCALED, UNIFORM
+            )
             sum_1 = _add_product(sum_1, left, b, a_scale, b_scale, T, SWAP, SCALED, NATIVE_FP8)
         if not A_TMA:
             a_ptrs += BLOCK_K

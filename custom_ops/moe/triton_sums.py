@@ -81,19 +81,23 @@ def sums_of(products, LANES: tl.constexpr):
 
 @triton.jit
 def row_sums(
-    x_ptr, w_ptr, w_scale_ptr, first, second, in_columns, K, w_row, w_col, ws_row, ws_block, min_amax,
+    x_ptr, w_ptr, up_ptr, w_scale_ptr, first, second, before_up, in_columns, K, w_row, w_col, ws_row, ws_block,
+    min_amax,
     T: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
     SCALED: tl.constexpr, UNIFORM: tl.constexpr, SCALE_MODE: tl.constexpr, CODE_MODE: tl.constexpr,
     CODE_MAX: tl.constexpr, NATIVE_FP8: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """float32 sums [COLUMNS] of a row by rows of a weight from `first` on and, with two HALVES, from `second` on."""
+    """float32 sums [COLUMNS] of a row by rows of a weight from `first` on and, with two HALVES, from `second` on of up.
+
+    Scales have the rows of up from `before_up` on.
+    """
     k = tl.arange(0, BLOCK_K)
     lane = tl.arange(0, COLUMNS)
     place = (lane.to(tl.int64) * w_row)[:, None] + (k.to(tl.int64) * w_col)[None, :]
     sum_0 = tl.zeros((COLUMNS, BLOCK_K // LANES), tl.float32)
     sum_1 = tl.zeros((COLUMNS, BLOCK_K // LANES), tl.float32)
     w_0 = w_ptr + first.to(tl.int64) * w_row + place
-    w_1 = w_ptr + second.to(tl.int64) * w_row + place
+    w_1 = up_ptr + second.to(tl.int64) * w_row + place
     for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         in_k = k < K - at
         if EVEN_K:
@@ -119,7 +123,7 @@ def row_sums(
         sum_0 += sums_of(products, LANES)
         if HALVES == 2:
             products = decoded(tile_1) * _factor(
-                v, w_scale_ptr, second, second + lane, in_columns, at, K, ws_row, ws_block,
+                v, w_scale_ptr, before_up + second, before_up + second + lane, in_columns, at, K, ws_row, ws_block,
                 BLOCK_K, COLUMNS, SCALED, UNIFORM,
             )  # fmt: skip
             sum_1 += sums_of(products, LANES)

@@ -26,7 +26,11 @@ from custom_ops import library
 from custom_ops.implementation import cuda, triton
 from custom_ops.library import require
 from custom_ops.normalization import reference
-from custom_ops.quantization.asymmetric import TOKEN_QUANT_ASYMMETRIC
+from custom_ops.quantization.asymmetric import (
+    TENSOR_QUANT_ASYMMETRIC,
+    TENSOR_QUANT_STATIC_ASYMMETRIC,
+    TOKEN_QUANT_ASYMMETRIC,
+)
 from custom_ops.quantization.checks import (
     check_activation,
     check_bound,
@@ -141,11 +145,15 @@ rms_norm_token_quant = fuse(RMS_NORM, TOKEN_QUANT)
 rms_norm_and_token_quant = fuse(RMS_NORM, TOKEN_QUANT, keep=True)
 rms_norm_token_quant_asymmetric = fuse(RMS_NORM, TOKEN_QUANT_ASYMMETRIC)
 rms_norm_tensor_quant = fuse(RMS_NORM, TENSOR_QUANT)
+rms_norm_tensor_quant_asymmetric = fuse(RMS_NORM, TENSOR_QUANT_ASYMMETRIC)
 rms_norm_tensor_quant_static = fuse(RMS_NORM, TENSOR_QUANT_STATIC)
+rms_norm_tensor_quant_static_asymmetric = fuse(RMS_NORM, TENSOR_QUANT_STATIC_ASYMMETRIC)
 add_rms_norm_group_quant = fuse(ADD_RMS_NORM, GROUP_QUANT)
 add_rms_norm_and_group_quant = fuse(ADD_RMS_NORM, GROUP_QUANT, keep=True)
 add_rms_norm_token_quant = fuse(ADD_RMS_NORM, TOKEN_QUANT)
 add_rms_norm_and_token_quant = fuse(ADD_RMS_NORM, TOKEN_QUANT, keep=True)
 add_rms_norm_token_quant_asymmetric = fuse(ADD_RMS_NORM, TOKEN_QUANT_ASYMMETRIC)
 add_rms_norm_tensor_quant = fuse(ADD_RMS_NORM, TENSOR_QUANT)
+add_rms_norm_tensor_quant_asymmetric = fuse(ADD_RMS_NORM, TENSOR_QUANT_ASYMMETRIC)
 add_rms_norm_tensor_quant_static = fuse(ADD_RMS_NORM, TENSOR_QUANT_STATIC)
+add_rms_norm_tensor_quant_static_asymmetric = fuse(ADD_RMS_NORM, TENSOR_QUANT_STATIC_ASYMMETRIC)

@@ -18,8 +18,12 @@ from custom_ops.platform import on_device
 from custom_ops.quantization.asymmetric_triton import (
     affine_codes_of,
     affine_of,
+    codes_around,
     empty_affine,
+    empty_reach,
     larger,
+    quantize_by_reach,
+    raise_reach,
 )
 from custom_ops.quantization.triton_codes import (
     code_constants,
@@ -115,8 +119,11 @@ def _rms_norm(
     rstd = tl.rsqrt(mean + tl.full((), eps, tl.float32))
 
     scale = tl.zeros((GROUPS,), tl.float32)
-    if SCHEME == "static":
+    given_zero = tl.zeros((GROUPS,), tl.float32)
+    if SCHEME == "static" or SCHEME == "static asymmetric":
         scale += tl.load(scale_ptr)
+    if SCHEME == "static asymmetric" and zero_ptr is not None:
+        given_zero += tl.load(zero_ptr).to(tl.float32)
     if SCHEME == "token" and not ONE_TILE:
         bits = tl.zeros((GROUPS, GROUP), tl.int32)
         for start in range(0, size, GROUPS * GROUP):
@@ -155,8 +162,10 @@ def _rms_norm(
         out = _normalize(x, rstd, weight_ptr, offsets, mask, WEIGHT_MODE)
         if KEEP:
             tl.store(kept_ptr + offsets, out, mask=mask)
-        if SCHEME == "plain" or SCHEME == "amax":
+        if SCHEME == "plain" or SCHEME == "amax" or SCHEME == "reach":
             tl.store(out_ptr + offsets, out, mask=mask)
+            if SCHEME == "reach":
+                raise_reach(amax_ptr, tl.where(mask, out, 0.0).reshape(1, GROUPS * GROUP))
             if SCHEME == "amax":
                 raise_amax(
                     amax_ptr, tl.max(_magnitudes(out, mask).reshape(1, GROUPS * GROUP), axis=1)
@@ -184,6 +193,8 @@ def _rms_norm(
                 )
             if SCHEME == "asymmetric":
                 codes = affine_codes_of(out, scale, zero, CODE_MODE)
+            elif SCHEME == "static asymmetric":
+                codes = codes_around(out, scale, given_zero, CODE_MODE)
             else:
                 codes = codes_of(
                     out, scale, CODE_MAX, INT8, CODE_MODE, NATIVE_FP8, SCHEME == "static"
@@ -238,7 +249,7 @@ def _launch(
             sums[0] if adds else out,
             out if scale is None else scale,
             out if amax is None else amax,
-            out if zero_point is None else zero_point,
+            zero_point,
             kept[0] if keep else out,
             size,
             rows.stride(0),
@@ -305,12 +316,32 @@ def _per_tensor_static(adds: bool, *args: Any, **options: Any) -> Tensor | tuple
     return (q, *sums) if adds else q
 
 
+def _per_tensor_asymmetric(
+    adds: bool, *args: Any, weight_mode: str, **options: Any
+) -> tuple[Tensor, ...]:
+    out = _empty(args)
+    reach = empty_reach(out)
+    sums = _launch("reach", adds, args, out, weight_mode=weight_mode, amax=reach)
+    return *quantize_by_reach(out, reach, **options), *sums
+
+
+def _per_tensor_static_asymmetric(
+    adds: bool, *args: Any, **options: Any
+) -> Tensor | tuple[Tensor, ...]:
+    q = torch.empty(args[0].shape, dtype=torch.int8, device=args[0].device)
+    options |= {"scale": args[-2], "zero_point": args[-1], "dtype": torch.int8}
+    sums = _launch("static asymmetric", adds, args, q, **options)
+    return (q, *sums) if adds else q
+
+
 rms_norm = partial(_plain, False)
 rms_norm_group_quant = partial(_per_group, False)
 rms_norm_token_quant = partial(_per_token, False)
 rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, False)
 rms_norm_tensor_quant = partial(_per_tensor, False)
 rms_norm_tensor_quant_static = partial(_per_tensor_static, False)
+rms_norm_tensor_quant_asymmetric = partial(_per_tensor_asymmetric, False)
+rms_norm_tensor_quant_static_asymmetric = partial(_per_tensor_static_asymmetric, False)
 rms_norm_and_group_quant = partial(_per_group, False, keep=True)
 rms_norm_and_token_quant = partial(_per_token, False, keep=True)
 add_rms_norm = partial(_plain, True)
@@ -319,5 +350,7 @@ add_rms_norm_token_quant = partial(_per_token, True)
 add_rms_norm_token_quant_asymmetric = partial(_per_token_asymmetric, True)
 add_rms_norm_tensor_quant = partial(_per_tensor, True)
 add_rms_norm_tensor_quant_static = partial(_per_tensor_static, True)
+add_rms_norm_tensor_quant_asymmetric = partial(_per_tensor_asymmetric, True)
+add_rms_norm_tensor_quant_static_asymmetric = partial(_per_tensor_static_asymmetric, True)
 add_rms_norm_and_group_quant = partial(_per_group, True, keep=True)
 add_rms_norm_and_token_quant = partial(_per_token, True, keep=True)

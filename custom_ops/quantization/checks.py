@@ -68,6 +68,20 @@ def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Ten
         )
 
 
+def check_given(
+    op: str, name: str, given: Tensor, other_name: str, other: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """A tensor of one element, on the device of another."""
+    check_device(op, name, given, other_name, other)
+    if given.dtype not in dtypes:
+        accepted = ", ".join(map(str, dtypes))
+        raise ValueError(f"{op}: {name}.dtype is {given.dtype}; accepted: {accepted}")
+    require(
+        given.numel() == 1,
+        lambda: f"{op}: {name}.shape is {tuple(given.shape)}; accepted: one element",
+    )
+
+
 def check_codes(op: str, dtype: torch.dtype, code_mode: str) -> None:
     """How codes are made: the arguments of every quantization."""
     check_choice(op, "dtype", dtype, CODE_DTYPES)

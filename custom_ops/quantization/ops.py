@@ -30,7 +30,7 @@ from custom_ops.quantization.checks import (
     check_channels,
     check_choice,
     check_codes,
-    check_device,
+    check_given,
     check_scales,
 )
 from custom_ops.quantization.fused import Scheme
@@ -290,13 +290,7 @@ def _check_static(
 ) -> None:
     check_activation(op, name, x)
     check_codes(op, dtype, code_mode)
-    check_device(op, "scale", scale, name, x)
-    if scale.dtype != torch.float32:
-        raise ValueError(f"{op}: scale.dtype is {scale.dtype}; accepted: torch.float32")
-    require(
-        scale.numel() == 1,
-        lambda: f"{op}: scale.shape is {tuple(scale.shape)}; accepted: one element",
-    )
+    check_given(op, "scale", scale, name, x, (torch.float32,))
 
 
 def _empty_static(x: Tensor, scale: Tensor, *, dtype: torch.dtype, code_mode: str) -> Tensor:

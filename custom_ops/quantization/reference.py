@@ -106,16 +106,45 @@ def token_quant_asymmetric(
     x: Tensor, *, min_scale: float = 0.0, scale_mode: str = "divide", code_mode: str = "divide"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`custom_ops.token_quant_asymmetric`."""
-    low = x.amin(-1, keepdim=True).clamp(max=0)
-    high = x.amax(-1, keepdim=True).clamp(min=0)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    q, scale, zero = _asymmetric(x, low, high, min_scale, scale_mode, code_mode)
+    return to_contiguous(q), to_contiguous(scale), to_contiguous(zero)
+
+
+def tensor_quant_asymmetric(
+    x: Tensor, *, min_scale: float = 0.0, scale_mode: str = "divide", code_mode: str = "divide"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`custom_ops.tensor_quant_asymmetric`."""
+    values = x if x.numel() else x.new_zeros(1)
+    low, high = values.amin().reshape(1), values.amax().reshape(1)
+    q, scale, zero = _asymmetric(x, low, high, min_scale, scale_mode, code_mode)
+    return to_contiguous(q), scale, zero
+
+
+def tensor_quant_static_asymmetric(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, *, code_mode: str = "divide"
+) -> Tensor:
+    """`custom_ops.tensor_quant_static_asymmetric`."""
+    zero = 0.0 if zero_point is None else zero_point.reshape(()).float()
+    return to_contiguous(_codes_around(x, scale.reshape(()), zero, code_mode))
+
+
+def _asymmetric(
+    x: Tensor, low: Tensor, high: Tensor, min_scale: float, scale_mode: str, code_mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point of x, whose values lie from low to high."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
     extent = high - low if scale_mode.endswith("_input") else high.float() - low.float()
     scale = divide_by(extent, 255.0, x.dtype, min_scale, scale_mode)
     below = low.float() / scale
     below = below.to(x.dtype).float() if scale_mode.endswith("_input") else below
     zero_point = (-128 - integers(below)).clamp(-128, 127)
-    codes = (integers(quotients(x, scale, code_mode)) + zero_point).clamp(-128, 127)
-    q, zero = codes.to(torch.int8), zero_point.to(torch.int8)
-    return to_contiguous(q), to_contiguous(scale), to_contiguous(zero)
+    return _codes_around(x, scale, zero_point, code_mode), scale, zero_point.to(torch.int8)
+
+
+def _codes_around(x: Tensor, scale: Tensor, zero_point: Tensor | float, code_mode: str) -> Tensor:
+    codes = integers(quotients(x, scale, code_mode)) + zero_point
+    return codes.clamp(-128, 127).to(torch.int8)
 
 
 def scale_of(

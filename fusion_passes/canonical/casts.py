@@ -55,6 +55,8 @@ def _is_returned(node: fx.Node) -> bool:
 
 def _is_made_by_a_kernel(node: fx.Node) -> bool:
     # a meaning that no fusion takes goes back to the nodes that it stands for, with the dtypes that those have
-    made = node.args[0] if node.target is operator.getitem else node
+    viewed = node.args[0] if node.target is torch.ops.aten.view.default else node
+    assert isinstance(viewed, fx.Node)
+    made = viewed.args[0] if viewed.target is operator.getitem else viewed
     target = getattr(made, "target", None)
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "custom_ops"

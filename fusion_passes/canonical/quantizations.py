@@ -23,11 +23,17 @@ import custom_ops
 from fusion_passes import index_map
 from fusion_passes.arithmetic import MAX, Arithmetic
 from fusion_passes.canonical import casts, spellings
+from fusion_passes.canonical.asymmetric_quantizations import (
+    LEAST,
+    MOST,
+    static_patterns,
+    tensor_quant_static_asymmetric,
+)
 from fusion_passes.canonical.marks import meaning
 from fusion_passes.canonical.spellings import FP8, INT8, Int8InInputDtype, Spelling
 from fusion_passes.fusion import Constraint, Fusion, Pattern, Scalar, SizeOf, Tensor
 from fusion_passes.matching import Match
-from fusion_passes.operations import shape_of
+from fusion_passes.operations import is_constant, shape_of
 from fusion_passes.rewriting import NotRewritten, Rewrite
 
 BLOCK = custom_ops.scales.BLOCK
@@ -213,6 +219,12 @@ def _as_spelt(m: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _rewrite_static(m: Rewrite) -> tuple[Any, ...]:
     arithmetic = m.constants["spelling"].arithmetic(m.match)
+    if _has_all_codes(m.match):
+        with_zero_point = (
+            m.constants["kind"] == "static asymmetric" and _constant_zero_point(m.match) is None
+        )
+        given = (m.tensor("scale"), m.tensor("zero_point") if with_zero_point else None)
+        return (m.emit(tensor_quant_static_asymmetric, m.tensor("x"), *given, arithmetic),)
     return (m.emit(tensor_quant_static, m.tensor("x"), m.tensor("scale"), arithmetic),)
 
 
@@ -226,17 +238,28 @@ def _known_bounds(match: Match) -> bool:
 def _whole_range(match: Match) -> bool:
     end = MAX[match.outputs[0].meta["val"].dtype]
     lower, upper = match.scalars.get("lower"), match.scalars.get("upper")
+    if _has_all_codes(match):
+        return (lower, upper) == (LEAST, MOST)  # by amax / 127.5 the largest value is beyond
     if match.constants["kind"] == "static":  # what is beyond is saturated, so the ends matter
         return (lower, upper) == (-end, end)
-    if _has_all_codes(match):
-        return (lower, upper) == (-128, 127)  # by amax / 127.5 the largest value is beyond
     # a dynamic scale leaves nothing beyond the range of the codes
     return lower is None or (lower <= -end and upper is not None and upper >= end)
 
 
 def _has_all_codes(match: Match) -> bool:
     spelling = match.constants["spelling"]
+    kind, lower = match.constants["kind"], match.scalars.get("lower")
+    if kind.startswith("static"):  # without a zero point either end will do
+        return kind == "static asymmetric" or (spelling.dtype is INT8 and lower == LEAST)
     return isinstance(spelling, Int8InInputDtype) and spelling.full
+
+
+def _constant_zero_point(match: Match) -> float | None:
+    """The zero point as a number, where the graph has it as one."""
+    if match.constants["kind"] != "static asymmetric":
+        return None
+    base = match.base("zero_point")
+    return base.args[1] if is_constant(base) else None
 
 
 def _range(match: Match) -> str:
@@ -347,13 +370,25 @@ STATIC = Fusion(  # after the dynamic ones, which end in the same
     "static_quantization",
     "Quantization to 8 bits by a given scale",
     0,
-    patterns=tuple(
-        _static_pattern(Spelling(dtype, inverse=inverse))
-        for dtype in (FP8, INT8)
-        for inverse in (False, True)
+    patterns=(
+        *(
+            _static_pattern(Spelling(dtype, inverse=inverse))
+            for dtype in (FP8, INT8)
+            for inverse in (False, True)
+        ),
+        *static_patterns(Spelling(INT8, inverse=True)),
+        *static_patterns(Spelling(INT8)),
     ),
     rewrite=_rewrite_static,
-    constraints=_CONSTRAINTS,
+    constraints=(
+        *_CONSTRAINTS,
+        Constraint(
+            lambda match: _constant_zero_point(match) in (None, 0),
+            lambda match: (
+                f"its zero point is the number {_constant_zero_point(match)}; accepted: 0, or a tensor"
+            ),
+        ),
+    ),
     signature="cast",
     exclusive=True,
 )
@@ -361,7 +396,7 @@ CALIBRATED = dataclasses.replace(  # before the dynamic ones, none of which need
     STATIC,
     name="calibrated_quantization",
     summary="Quantization to 8 bits by a scale that the graph is given",
-    constraints=(Constraint(_is_input_of_the_graph, lambda match: ""), *_CONSTRAINTS),
+    constraints=(Constraint(_is_input_of_the_graph, lambda match: ""), *STATIC.constraints),
 )
 BLOCKS = Fusion(  # last, as blocks are rare; those of one column of blocks look like groups that span tokens
     "block_quantization",

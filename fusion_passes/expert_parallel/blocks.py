@@ -118,6 +118,8 @@ def _wrong(dispatch: fx.Node, experts: fx.Node, combine: fx.Node) -> str | None:
         return "the experts do not take the ids and weights that came with the rows"
     if experts.kwargs.get("expert_map") is not None:
         return "the experts have an expert map, where a rank has those after the rank before"
+    if experts.kwargs.get("up") is not None:
+        return "gate and up of the experts are two weights, where the op takes one that has both"
     if experts.kwargs.get("hidden_scale") is not (
         None if dispatch.args[1] is None else items.get(1)
     ):

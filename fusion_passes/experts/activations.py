@@ -37,11 +37,15 @@ _CLAMPS = {
 
 
 class Between(NamedTuple):
-    """``words``: the op's for an activation. ``source``: what it reads, ``channels`` wide (None: any width)."""
+    """``words``: the op's for an activation. ``source``: what it reads, ``channels`` wide (None: any width).
+
+    ``up``: None, or gate and up are values of their own, of which ``source`` is gate.
+    """
 
     words: dict[str, Any]
     source: fx.Node
     channels: Size | None
+    up: fx.Node | None = None
 
 
 def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
@@ -55,6 +59,8 @@ def activation_of(node: fx.Node, inside: list[fx.Node]) -> Between:
             gate, up = limited.gate, limited.up
             words = {"activation": "clamped_silu_mul", "limit": limited.limit}
             inside += limited.inside
+        if _are_apart(gate, up):
+            return Between(words, gate, None, up)
         source, interleaved, channels = _halves(gate, up, inside)
         return Between(words | {"interleaved": interleaved}, source, channels)
     if (squared := _square_of(node)) is not None and squared.target is aten.relu.default:
@@ -103,18 +109,28 @@ def _square_of(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _are_apart(gate: fx.Node, up: fx.Node) -> bool:
+    """Whether neither is a part of anything, or clamped as no activation that is fused has it."""
+    return strip(gate) is not strip(up) and all(
+        _part(strip(node)) is None and _clamp_of(node) is None for node in (gate, up)
+    )
+
+
 def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, bool, Size]:
     """What gate and up are the halves of, whether they are its even and its odd channels, and how many these are."""
     parts = []
     for node in (gate, up):
+        if _part(strip(node)) is None and (clamp := _clamp_of(node)) is not None:
+            raise Unlike(
+                clamp,
+                f"{called(clamp)} clamps gate or up before they are multiplied: of the activations that are fused, "
+                "clamped_silu_mul and clamped_swiglu do, gate to at most a limit and up between -limit and limit",
+            )
+    if strip(gate) is strip(up):
+        raise Unlike(gate, f"{called(strip(gate))} is both gate and up")
+    for node in (gate, up):
         part = _part(strip(node))
         if part is None:
-            if (clamp := _clamp_of(node)) is not None:
-                raise Unlike(
-                    clamp,
-                    f"{called(clamp)} clamps gate or up before they are multiplied: of the activations that are fused, "
-                    "clamped_silu_mul and clamped_swiglu do, gate to at most a limit and up between -limit and limit",
-                )
             raise Unlike(
                 node, f"{called(strip(node))}, gate or up, is not a half of the product's channels"
             )

@@ -18,7 +18,7 @@ from torch import fx
 
 from fusion_passes import index_map, verify
 from fusion_passes.experts import combining, misses
-from fusion_passes.experts.activations import activation_of
+from fusion_passes.experts.activations import GATED, activation_of
 from fusion_passes.experts.products import (
     Product,
     Quantized,
@@ -42,9 +42,22 @@ from fusion_passes.experts.reading import (
 from fusion_passes.experts.routing import Index, Routing, experts_of_router
 from fusion_passes.fusion import Fusion
 from fusion_passes.index_map import Size
-from fusion_passes.operations import is_tensor, module_path, read, shape_of
+from fusion_passes.operations import describe, is_tensor, module_path, read, shape_of, strides_of
 from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """``rows`` of the first product, before top-k weights (one of each pair, in the order of pairs) multiplied them.
+
+    wide: that was in float32, and rounded.
+    """
+
+    rows: fx.Node
+    weights: fx.Node
+    dtype: torch.dtype
+    wide: bool
 
 
 @dataclass
@@ -53,14 +66,18 @@ class Block:
 
     routing: Routing
     first: Product
+    up: Product | None  # where ``first`` is gate alone
     second: Product
     activation: dict[str, Any]
     inside: list[fx.Node]
     gate_up_bias: fx.Node | None = None
+    before: Weighted | None = None
     hidden_states: fx.Node | None = None
     down_bias: fx.Node | None = None
     topk_weights: fx.Node | None = None
-    exact_weights: bool = False  # products with them are not rounded to 16 bits
+    weights_dtype: torch.dtype | None = (
+        None  # that products with them have; None: that of the weights
+    )
     quantization: Quantized | None = None
     output: fx.Node | None = None
     sizes: dict[str, Size] = field(default_factory=dict)
@@ -83,21 +100,27 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
         elif misses.is_dense(node):
             miss(
                 node,
-                Unlike(node, f"{node.name} gives every expert rows of its own: none is routed"),
+                Unlike(
+                    node,
+                    f"{node.name} gives every expert rows of its own: none is routed, but all of them or as many as "
+                    "an expert has room for are multiplied",
+                ),
             )
     if not products and not missed:
         missed += misses.unproductive(fusion, graph)
     by_ids: dict[fx.Node, list[Product]] = {}
+    ups = _ups(graph, products)
     for product in products.values():
-        by_ids.setdefault(product.routing.ids, []).append(product)
+        if product.node not in ups:
+            by_ids.setdefault(product.routing.ids, []).append(product)
     for ids, group in by_ids.items():
-        if (separate := misses.separate(group)) is not None or len(group) % 2:
+        if len(group) % 2:
             names = ", ".join(product.node.name for product in group)
             odd = (
                 f"of the products of experts only {names} go by the top-k ids {ids.name}, not in pairs: experts are "
                 "fused that are two each, of which the second gives each pair of a token and an expert a row of its own"
             )
-            miss(group[-1].node, separate or Unlike(ids, odd))
+            miss(group[-1].node, Unlike(ids, odd))
             continue
         for second in group[1::2]:
             try:
@@ -107,10 +130,44 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     yield from missed
 
 
+def _ups(graph: fx.Graph, products: Mapping[fx.Node, Product]) -> set[fx.Node]:
+    """The products that other products are multiplied with, gates or what no activation takes for one."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in GATED or node.target is aten.mul.Tensor:
+            behind = {
+                _product_behind(operand, products): None
+                for operand in node.args[:2]
+                if is_tensor(operand)
+            }
+            pair = [product for product in behind if product is not None]
+            if len(pair) == 2 and not seen.issuperset(pair):
+                found.add(pair[1])
+                seen.update(pair)
+    return found
+
+
+def _product_behind(node: fx.Node, products: Mapping[fx.Node, Product]) -> fx.Node | None:
+    """The product that a value comes of by pointwise operations alone."""
+    stack, seen = [node], set()
+    while stack:
+        node = strip(stack.pop())
+        if node in products:
+            return node
+        operation = None if node in seen else describe(node)
+        seen.add(node)
+        if operation is not None and operation.kind == "pointwise":
+            stack += filter(is_tensor, operation.operands)
+    return None
+
+
 def _hidden_states(block: Block) -> fx.Node:
     """What the rows of the first product are, each token's once for each of its experts."""
     product, sizes = block.first, block.sizes
     rows = _unmasked(product.rows, product, block.inside)
+    if block.before is not None:
+        rows = block.before.rows
     if product.by_token:
         whole = index_map.same_size(numel(rows), sizes["num_tokens"] * sizes["hidden_size"])
         if whole and index_map.same_size(product.by_token, sizes["top_k"]):
@@ -160,14 +217,67 @@ def _block(second: Product, products: Mapping[fx.Node, Product]) -> Block:
         inside += quantized.inside
     inside += [rows, between]
     activation = activation_of(between, inside)
-    first, gate_up_bias = _first(activation.source, second, products, inside)
-    if not index_map.same_size(activation.channels or first.weight.shape[1], first.weight.shape[1]):
-        raise Unlike(between, f"{called(between)} does not halve all channels of {first.node.name}")
-    block = Block(routing, first, second, activation.words, inside, gate_up_bias)
+    up: Product | None = None
+    if activation.up is None:
+        first, gate_up_bias = _first(activation.source, second, products, inside)
+        width = first.weight.shape[1]
+        if not index_map.same_size(activation.channels or width, width):
+            raise Unlike(
+                between, f"{called(between)} does not halve all channels of {first.node.name}"
+            )
+    else:
+        first, up = _apart(activation.source, activation.up, second, products, inside)
+        gate_up_bias = None
+    block = Block(routing, first, up, second, activation.words, inside, gate_up_bias)
+    block.before = _weighted_before(block)
     _finish(block)
     block.hidden_states = _hidden_states(block)
     _quantized(block, quantized)
     return block
+
+
+def _apart(
+    gate: fx.Node,
+    up: fx.Node,
+    second: Product,
+    products: Mapping[fx.Node, Product],
+    inside: list[fx.Node],
+) -> tuple[Product, Product]:
+    """The products that gate and up are, each with a weight of its own."""
+    for node in (gate, up):
+        if _product_behind(node, products) is None:
+            raise Unlike(
+                node,
+                f"{called(strip(node))}, gate or up, is not a half of the product's channels, nor a product of its own",
+            )
+    (first, *biases), (other, bias) = (_first(n, second, products, inside) for n in (gate, up))
+    if any(found is not None for found in (*biases, bias)):
+        raise Unlike(
+            other.node,
+            f"{first.node.name} and {other.node.name}, gate and up, are products of their own with a bias: "
+            "it is fused where one weight has both",
+        )
+    values = [_unmasked(product.rows, product, inside) for product in (first, other)]
+    if values[0] is not values[1] or first.by_token != other.by_token:
+        raise Unlike(
+            other.node,
+            f"{first.node.name} and {other.node.name}, gate and up, multiply different rows",
+        )
+    weights = first.weight, other.weight
+    if any(weight.scale is not None for weight in weights):
+        raise Unlike(
+            other.node,
+            f"{first.node.name} and {other.node.name}, gate and up, are products of their own of FP8 weights: "
+            "these are fused where one weight has both",
+        )
+    kinds = [(w.transposed, shape_of(w.value), strides_of(w.value)) for w in weights]
+    if kinds[0] != kinds[1]:
+        raise Unlike(
+            other.node,
+            f"the weights of gate and up, {weights[0].value.name} and {weights[1].value.name}, differ in their sizes "
+            "or in how they lie in memory",
+        )
+    return first, other
 
 
 def _unmasked(node: fx.Node, product: Product, inside: list[fx.Node]) -> fx.Node:
@@ -215,6 +325,34 @@ def _with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node,
     return None
 
 
+def _weighted_before(block: Block) -> Weighted | None:
+    """How the rows of the first product were multiplied by the top-k weights, if they were."""
+    product = block.first
+    scaled = _unmasked(product.rows, product, [])
+    inside, wide = [scaled], False
+    if scaled.target is CAST and dtype_of(strip(scaled.args[0])) is torch.float32:
+        scaled, wide = strip(scaled.args[0]), True
+        inside.append(scaled)
+    if product.by_token or scaled.target is not aten.mul.Tensor:
+        return None
+    for operand in filter(is_tensor, scaled.args):
+        node = strip(operand)
+        if not index_map.same_size(numel(node), numel(scaled)):
+            continue
+        try:
+            weights, dtype = combining.weights(scaled, node, product, product.sorted)
+        except Unlike:
+            continue
+        if wide:
+            if node.target is not CAST or dtype_of(node.args[0]) is not dtype_of(product.node):
+                continue
+            inside.append(node)
+            node = strip(node.args[0])
+        block.inside += inside
+        return Weighted(node, weights, dtype, wide)
+    return None
+
+
 # ---- after the second product: see `combining` --------------------------------------------------------------------
 
 
@@ -241,21 +379,21 @@ def _finish(block: Block) -> None:
         elif by_slot and combining.is_put_back(reader, node, block.second):
             by_slot = False
         elif reader.target is aten.mul.Tensor and block.topk_weights is None:
-            block.topk_weights = combining.weights(reader, node, block.second, by_slot)
+            weights = combining.weights(reader, node, block.second, by_slot)
+            block.topk_weights, block.weights_dtype = weights
         elif reader.target is CAST and (dtype_of(node), dtype_of(reader)) == (dtype, torch.float32):
             pass  # nothing is lost
         elif (sum_ := combining.total_at(reader, node, block.second, by_slot)) is not None:
-            if (sum_.weights is None) == (block.topk_weights is None):
-                if sum_.weights is not None:
+            applied = [sum_.weights, block.topk_weights, block.before]
+            if len(applied) - applied.count(None) != 1:
+                if any(weights is not None for weights in applied):
                     why = f"{reader.name} sums rows that more than one top-k weight was applied to"
                 else:
-                    why = (
-                        f"{reader.name} sums rows that no top-k weight was applied to: "
-                        "those that multiply what the experts read are not fused"
-                    )
+                    why = f"{reader.name} sums rows that no top-k weight was applied to"
                 raise Unlike(reader, why)
             if sum_.weights is not None:
-                block.topk_weights, block.exact_weights = sum_.weights, True
+                # these products are not rounded to 16 bits
+                block.topk_weights, block.weights_dtype = sum_.weights, torch.float32
             total = sum_
             block.inside += sum_.inside
         elif reader.target is CAST and block.topk_weights is not None:
@@ -270,7 +408,8 @@ def _finish(block: Block) -> None:
                 "the order of pairs or their sum is expected",
             )
         node = reader
-        weighted = total is None and block.topk_weights is not None and not by_slot
+        applied = [block.topk_weights, block.before]
+        weighted = total is None and applied.count(None) == 1 and not by_slot
         if weighted and combining.is_one_each(node, block.second):
             pairs = numel(block.routing.ids)
             total = combining.Total(node, pairs, 1, block.second.weight.shape[1])
@@ -279,6 +418,8 @@ def _finish(block: Block) -> None:
     _measure(block, total)
     # a sum in float32 is rounded once, by the cast that follows
     block.output = total.node
+    if block.before is not None:
+        block.topk_weights, block.weights_dtype = block.before.weights, block.before.dtype
     if dtype_of(total.node) is not dtype:
         block.output = _cast_to(total.node, dtype)
         block.inside.append(total.node)
@@ -287,6 +428,8 @@ def _finish(block: Block) -> None:
 def _measure(block: Block, total: combining.Total) -> None:
     """The sizes of the whole, and whether the weights are of these sizes."""
     experts, features, width = block.first.weight.shape
+    if block.up is not None:
+        features *= 2
     hidden_size = total.hidden_size
     block.sizes = {
         "num_tokens": total.num_tokens,
@@ -349,6 +492,7 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
     inputs = {
         "hidden_states": block.hidden_states,
         "gate_up": first.value,
+        "up": None if block.up is None else block.up.weight.value,
         "down": second.value,
         "topk_weights": block.topk_weights,
         "topk_ids": block.routing.ids,
@@ -357,7 +501,8 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
         "gate_up_scale": first.scale,
         "down_scale": second.scale,
     }
-    weights = index_map.product(first.shape) + index_map.product(second.shape)
+    firsts = 1 if block.up is None else 2
+    weights = firsts * index_map.product(first.shape) + index_map.product(second.shape)
     pairs = block.sizes["num_tokens"] * block.sizes["top_k"]
     copies = block.second.copies_weights
     sizes = block.sizes | {
@@ -368,6 +513,8 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
     words = [
         "batched" if copies else "grouped",
         block.activation["activation"],
+        *(["weights first"] if block.before is not None else []),
+        *(["gate and up apart"] if block.up is not None else []),
         *(["interleaved"] if block.activation.get("interleaved") else []),
         *(["bias"] if block.gate_up_bias is not None or block.down_bias is not None else []),
         *(["transposed weights"] if first.transposed else []),
@@ -395,7 +542,12 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
         tolerance=None if block.quantization is None else 2 * verify.ACCUMULATED,
         constants={
             "keywords": keywords,
-            "exact_weights": block.exact_weights,
-            "transposed": {"gate_up": first.transposed, "down": second.transposed},
+            "weights_dtype": block.weights_dtype,
+            "before": block.before,
+            "transposed": {
+                "gate_up": first.transposed,
+                "up": first.transposed,
+                "down": second.transposed,
+            },
         },
     )

@@ -23,12 +23,13 @@ from fusion_passes.experts.reading import (
     gathered,
     number,
     numel,
+    of_rows,
     only_reader,
     strip,
 )
 from fusion_passes.experts.routing import Index
 from fusion_passes.index_map import Size
-from fusion_passes.operations import is_tensor, read, readers, shape_of
+from fusion_passes.operations import is_tensor, readers, shape_of
 
 _ADDING = {aten.scatter_add.default, aten.index_add.default, aten.index_put.default}
 
@@ -44,17 +45,7 @@ def is_put_back(reader: fx.Node, node: fx.Node, second: Product) -> bool:
     else:
         return False
     same = strip(rows) is strip(node) and index_map.same_size(numel(rows), numel(reader))
-    return same and second.routing.read(_of_rows(index, rows)) == Index("pair", True)
-
-
-def _of_rows(index: fx.Node, rows: fx.Node) -> fx.Node:
-    """An index for each row, of one for each element of them."""
-    shape = shape_of(rows)
-    if len(shape) != 2 or index_map.same_size(numel(index), shape[0]):
-        return index
-    spread = index_map.collapse([(shape[0], True), (shape[1], False)])
-    alike = (source for source, mapping in read(index, None) if index_map.same_map(mapping, spread))
-    return next(alike, index)
+    return same and second.routing.read(of_rows(index, rows)) == Index("pair", True)
 
 
 @dataclass
@@ -69,8 +60,13 @@ class Total:
     inside: list[fx.Node] = field(default_factory=list)
 
 
-def weights(product: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> fx.Node:
-    """The top-k weights, one of each pair in the order of pairs, that a product multiplies rows with."""
+def weights(
+    product: fx.Node, node: fx.Node, second: Product, by_slot: bool
+) -> tuple[fx.Node, torch.dtype]:
+    """The top-k weights, one of each pair in the order of pairs, that a product multiplies rows with.
+
+    And the dtype that they have there: they may be sorted first, and cast then.
+    """
     node, operands = strip(node), [strip(operand) for operand in product.args if is_tensor(operand)]
     others = [given for given, operand in zip(product.args, operands) if operand is not node]
     if len(operands) != 2 or len(others) != 1:
@@ -95,12 +91,15 @@ def weights(product: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> 
             product,
             f"{product.name} multiplies in {dtype_of(product)} by {dtype_of(found)} weights",
         )
+    dtype = dtype_of(found)
     if not by_slot:
-        return found
+        return found, dtype
+    if found.target is CAST:
+        found = strip(found.args[0])
     taken = gathered(found)
     if taken is None or second.routing.read(taken[1]) != Index("pair", True):
         raise Unlike(product, f"{called(found)} is not the top-k weights sorted by expert")
-    return strip(taken[0])
+    return strip(taken[0]), dtype
 
 
 def total_at(reader: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> Total | None:
@@ -193,7 +192,7 @@ def _added(total: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> Tot
     pairs, hidden_size = shape_of(rows)
     num_tokens = shape_of(total)[0]
     top_k = index_map.divide(pairs, num_tokens)
-    found = second.routing.read(_of_rows(index, rows))
+    found = second.routing.read(of_rows(index, rows))
     wanted = [Index("token", by_slot, top_k), *([Index("pair", by_slot)] if top_k == 1 else [])]
     if top_k is None or found not in wanted:
         raise Unlike(total, f"{total.name} does not add each row to that of its token")

@@ -6,28 +6,17 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from fusion_passes import index_map
 from fusion_passes.experts import routers
-from fusion_passes.experts.activations import GATED
-from fusion_passes.experts.products import Product
-from fusion_passes.experts.reading import Unlike, aten, called, strip
+from fusion_passes.experts.reading import aten, called, strip
 from fusion_passes.fusion import Fusion
-from fusion_passes.operations import module_path, readers
+from fusion_passes.operations import describe, is_tensor, module_path, readers, shape_of
 from fusion_passes.reporting import NearMiss
 
-
-def separate(group: Iterable[Product]) -> Unlike | None:
-    """Why products of one routing stay where gate and up are two of them."""
-    nodes = {product.node for product in group}
-    for node in nodes:
-        for reader in readers(node):
-            pair = [strip(operand) for operand in reader.args[:2]] if reader.target in GATED else []
-            if len(pair) == 2 and nodes >= set(pair) and pair[0] is not pair[1]:
-                return Unlike(
-                    reader,
-                    f"gate and up are products of their own, {pair[0].name} and {pair[1].name}: experts are fused "
-                    "where one weight has both, [num_experts, 2 * intermediate_size, hidden_size]",
-                )
-    return None
+_COMPARES = {getattr(aten, name).Scalar for name in ("eq", "ne", "ge", "gt", "le", "lt")} | {
+    getattr(aten, name).Tensor for name in ("eq", "ne", "ge", "gt", "le", "lt")
+}
+_LOOP = ", as a loop over experts asks for its tokens, where the graph breaks, or every expert takes them all"
 
 
 def unproductive(fusion: Fusion, graph: fx.Graph) -> Iterable[NearMiss]:
@@ -44,13 +33,28 @@ def unproductive(fusion: Fusion, graph: fx.Graph) -> Iterable[NearMiss]:
             fusion.name,
             module_path(router),
             ids.name,
-            f"no product goes by the experts that {called(router)} chooses; {ids.name}, their ids, are read by {read}. "
+            f"no product goes by the experts that {called(router)} chooses; {ids.name}, their ids, are read by {read}"
+            + (_LOOP if found and all(reader.target in _COMPARES for reader in found) else "")
+            + ". "
             "Experts are fused that are grouped products, or products with a matrix gathered for each token",
         )
 
 
 def is_dense(node: fx.Node) -> bool:
     """Whether a node is the second product of experts that all have the same number of rows."""
-    if node.target is not aten.bmm.default or strip(node.args[1]).op != "placeholder":
+    if not _of_a_weight(node):
         return False
-    return strip(node.args[0]).target in GATED
+    experts, stack, seen = shape_of(node)[0], [node.args[0]], set()
+    while stack:
+        node = strip(stack.pop())
+        if _of_a_weight(node) and index_map.same_size(shape_of(node)[0], experts):
+            return True
+        operation = None if node in seen else describe(node)
+        seen.add(node)
+        if operation is not None and operation.kind == "pointwise":
+            stack += filter(is_tensor, operation.operands)
+    return False
+
+
+def _of_a_weight(node: fx.Node) -> bool:
+    return node.target is aten.bmm.default and strip(node.args[1]).op == "placeholder"

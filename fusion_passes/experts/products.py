@@ -153,7 +153,8 @@ def _gathered_matrices(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     node, transposed = _untransposed(node)
     taken = gathered(node)
     if taken is None and (turned := _inner_first(node)) is not None:
-        taken, transposed = gathered(turned), not transposed
+        turned, again = _untransposed(turned)
+        taken, transposed = gathered(turned), transposed == again
     if taken is None or len(shape_of(taken[0])) != 3:
         return None
     return *taken, transposed

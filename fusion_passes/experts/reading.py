@@ -10,13 +10,18 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.index_map import Size
-from fusion_passes.operations import is_tensor, readers, shape_of, transparent
+from fusion_passes.operations import is_tensor, read, readers, shape_of, transparent
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 CAST = prims.convert_element_type.default
-_GATHERS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+_GATHERS = {
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.embedding.default,
+    aten.gather.default,
+}
 _HOLD_IDS = (torch.int32, torch.int64, torch.float32, torch.float64)
 _MASKS = {aten.where.self, aten.where.ScalarSelf}
 
@@ -104,11 +109,27 @@ def gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         index = node.args[2]
     elif node.target is aten.embedding.default:
         index = node.args[1]
+    elif node.target is aten.gather.default:
+        index = of_rows(node.args[2], node)
+        widths = shape_of(source)[-1:], shape_of(node)[-1:]
+        whole = all(map(index_map.same_size, *widths)) and len(shape_of(source)) == 2
+        if node.args[1] != 0 or index is node.args[2] or not whole:
+            return None
     elif len(index) != 1:
         return None
     else:
         index = index[0]
     return (source, index) if is_tensor(index) else None
+
+
+def of_rows(index: fx.Node, rows: fx.Node) -> fx.Node:
+    """An index for each row, of one for each element of them."""
+    shape = shape_of(rows)
+    if len(shape) != 2 or index_map.same_size(numel(index), shape[0]):
+        return index
+    spread = index_map.collapse([(shape[0], True), (shape[1], False)])
+    alike = (source for source, mapping in read(index, None) if index_map.same_map(mapping, spread))
+    return next(alike, index)
 
 
 def masked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -10,6 +10,8 @@ quantization stands in the graph with the arithmetic that the user's code has, a
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +61,8 @@ class Scheme:
 
     name: of its op. last: the trailing size of what is quantized. inputs: its parameters besides the values. quantize:
     it in plain PyTorch. keywords: the keyword arguments of its op. needs: the node that stands for it in a graph.
-    rounding: those of the graph's arithmetic that its op takes; all of them if none is named.
+    rounding: those of the graph's arithmetic that its op takes; all of them if none is named. also: its parameters as
+    other graphs have them, where one that is missing is None.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Scheme:
     scales: str = "0"
     outputs: int = 2
     rounding: tuple[str, ...] = ()
+    also: tuple[Mapping[str, Any], ...] = ()
 
 
 def quantizing(
@@ -143,20 +147,24 @@ def _arguments(m: Rewrite, producer: Producer) -> list[Any]:
 
 def _patterns(producer: Producer, scheme: Scheme, name: str) -> list[Pattern]:
     patterns = []
-    for produce, weight_dtype, constants in producer.spellings:
+    spelt = itertools.product(producer.spellings, (scheme.inputs, *scheme.also))
+    for (produce, weight_dtype, constants), parameters in spelt:
         inputs: dict[str, Any] = dict.fromkeys(producer.rows, Tensor("num_tokens", scheme.last))
         if producer.weight:
             inputs["weight"] = Tensor(scheme.last, dtype=weight_dtype)
-        inputs |= dict.fromkeys(producer.numbers, Scalar()) | dict(scheme.inputs)
+        inputs |= dict.fromkeys(producer.numbers, Scalar()) | dict(parameters)
 
         def fn(*, produce: Callable[..., Any] = produce, **values: Any) -> Any:
             made = produce(*(values[name] for name in producer.arguments))
             value, *residual = made if isinstance(made, tuple) else (made,)
-            rest = {key: values[key] for key in scheme.inputs}
+            rest = {key: values[key] for key in values if key in scheme.inputs}
             kept = (value,) if _keeps(producer, scheme) else ()
             return *scheme.quantize(value, **rest), *kept, *residual
 
-        patterns.append(Pattern(fn, inputs, constants, _label(name, constants, weight_dtype)))
+        label = _label(name, constants, weight_dtype)
+        if parameters in scheme.also:
+            label += ", " + ", ".join(f"{parameters[p].dtype} {p}" for p in parameters)
+        patterns.append(Pattern(fn, inputs, constants, label))
     return patterns
 
 
@@ -172,7 +180,12 @@ def _read_elsewhere(match: Match, value: fx.Node) -> bool:
 
 def _rewrite(m: Rewrite, producer: Producer, scheme: Scheme, name: str) -> tuple[fx.Node, ...]:
     rest = [
-        m.size(n) if isinstance(scheme.inputs[n], SizeOf) else m.tensor(n) for n in scheme.arguments
+        m.size(n)
+        if isinstance(scheme.inputs[n], SizeOf)
+        else m.tensor(n)
+        if n in m.match.captured
+        else None
+        for n in scheme.arguments
     ]
     arithmetic = m.match.arithmetic
     assert arithmetic is not None
@@ -230,6 +243,24 @@ def _tensor_quant(x: T, min_amax: float) -> tuple[T, T]:
 
 def _tensor_quant_static(x: T, scale: T) -> tuple[T]:
     return (_codes(x, scale),)
+
+
+def _tensor_quant_static_asymmetric(x: T, scale: T, zero_point: T | None = None) -> tuple[T]:
+    codes = torch.round(x.float() / scale)
+    codes = codes if zero_point is None else codes + zero_point
+    return (
+        codes.clamp(asymmetric_quantizations.LEAST, asymmetric_quantizations.MOST).to(torch.int8),
+    )
+
+
+def _given(zero_point: torch.dtype) -> dict[str, Any]:
+    return {
+        "scale": Tensor("1", dtype=torch.float32),
+        "zero_point": Tensor("1", dtype=zero_point),
+    }
+
+
+_ASYMMETRIC = asymmetric_quantizations.Asymmetric(bounded=False, zero_point=torch.int8)
 
 
 def _is_whole_row(match: Match) -> bool:
@@ -301,11 +332,36 @@ TENSOR_QUANT_STATIC = Scheme(
     outputs=1,
     rounding=("dtype", "code_mode"),  # a given scale is as it is
 )
+TENSOR_QUANT_ASYMMETRIC = Scheme(
+    "tensor_quant_asymmetric",
+    "hidden_size",
+    {},
+    functools.partial(_ASYMMETRIC.quantize, dims=asymmetric_quantizations.TENSOR),
+    lambda m: {},
+    needs="tensor_quant_asymmetric",
+    twice=True,
+    scales="5",
+    outputs=3,
+    rounding=("scale_mode", "code_mode", "min_scale"),
+)
+TENSOR_QUANT_STATIC_ASYMMETRIC = Scheme(
+    "tensor_quant_static_asymmetric",
+    "hidden_size",
+    _given(torch.int8),
+    _tensor_quant_static_asymmetric,
+    lambda m: {},
+    needs="tensor_quant_static_asymmetric",
+    arguments=("scale", "zero_point"),
+    scales="8",
+    outputs=1,
+    rounding=("code_mode",),
+    also=(_given(torch.int32), {"scale": Tensor("1", dtype=torch.float32)}),
+)
 TOKEN_QUANT_ASYMMETRIC = Scheme(
     "token_quant_asymmetric",
     "hidden_size",
     {},
-    asymmetric_quantizations.Asymmetric(bounded=False, zero_point=torch.int8).quantize,
+    _ASYMMETRIC.quantize,
     lambda m: {},
     needs="token_quant_asymmetric",
     scales="5*num_tokens",

@@ -30,29 +30,57 @@ def _find(graph: fx.Graph) -> Iterable[Place | NearMiss]:
 def _rewrite(m: Rewrite) -> tuple[Any, ...]:
     inputs, constants = m.match.inputs, m.match.constants
     tokens, top_k, hidden_size = (m.size(n) for n in ("num_tokens", "top_k", "hidden_size"))
-    weights = [
-        m.emit(torch.ops.aten.permute.default, inputs[name], [0, 2, 1])
+    weights = {
+        name: m.emit(aten.permute.default, inputs[name], [0, 2, 1])
         if constants["transposed"][name]
         else inputs[name]
-        for name in ("gate_up", "down")
-    ]
+        for name in ("gate_up", "down", "up")
+        if name in inputs
+    }
     topk_weights = inputs["topk_weights"]
-    if constants["exact_weights"] and topk_weights.meta["val"].dtype is not torch.float32:
-        topk_weights = m.cast(topk_weights, torch.float32)
+    if topk_weights.meta["val"].dtype is not constants["weights_dtype"]:
+        topk_weights = m.cast(topk_weights, constants["weights_dtype"])
+    rows = m.view(inputs["hidden_states"], (tokens, hidden_size))
+    topk_weights = m.view(topk_weights, (tokens, top_k))
+    topk_ids = m.view(inputs["topk_ids"], (tokens, top_k))
+    before = constants["before"]
+    if before is not None:
+        rows, topk_weights, topk_ids = _pairs(m, rows, topk_weights, topk_ids, before.wide)
     optional = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
-    return (
-        m.call(
-            "fused_moe",
-            m.view(inputs["hidden_states"], (tokens, hidden_size)),
-            *weights,
-            m.view(topk_weights, (tokens, top_k)),
-            m.view(inputs["topk_ids"], (tokens, top_k)),
-            **constants["keywords"],
-            **{name: inputs[name] for name in optional if name in inputs},
-        ),
+    out = m.call(
+        "fused_moe",
+        rows,
+        weights["gate_up"],
+        weights["down"],
+        topk_weights,
+        topk_ids,
+        **constants["keywords"],
+        **{name: inputs[name] for name in optional if name in inputs},
+        **({"up": weights["up"]} if "up" in weights else {}),
     )
+    if before is not None and top_k != 1:
+        each = m.view(out, (tokens, top_k, hidden_size))
+        out = m.emit(aten.sum.dim_IntList, each, [1])  # in float32, and rounded once
+    return (out,)
 
 
+def _pairs(
+    m: Rewrite, x: fx.Node, weights: fx.Node, ids: fx.Node, wide: bool
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Pairs as tokens with one expert each, their rows multiplied by their weights, and weights of 1."""
+    tokens, top_k, hidden_size = (m.size(n) for n in ("num_tokens", "top_k", "hidden_size"))
+    dtype = x.meta["val"].dtype
+    rows = m.view(x, (tokens, 1, hidden_size))
+    if wide:
+        rows = m.cast(rows, torch.float32)
+    rows = m.emit(aten.mul.Tensor, rows, m.view(weights, (tokens, top_k, 1)))
+    if wide:
+        rows = m.cast(rows, dtype)
+    ones = m.emit(aten.full_like.default, m.view(weights, (tokens * top_k, 1)), 1.0)
+    return m.view(rows, (tokens * top_k, hidden_size)), ones, m.view(ids, (tokens * top_k, 1))
+
+
+aten = torch.ops.aten
 _PAIRS = "num_tokens*top_k"
 
 FUSION = Fusion(

@@ -396,13 +396,16 @@ def test_each_of_the_three_ops_has_each_view() -> None:
 def test_one_token_is_judged_by_the_fusion_that_fires(scheme, producer, tokens) -> None:
     name = scheme.fusion(tokens, producer)
     assert name in registry()
-    assert name.endswith(
-        "token_quant" if scheme.op == "tensor_quant" and tokens == 1 else scheme.op
-    )
+    whole = scheme.op in ("tensor_quant", "tensor_quant_asymmetric") and tokens == 1
+    assert name.endswith(scheme.op.replace("tensor", "token") if whole else scheme.op)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("scheme", [quantization.TENSOR], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    "scheme",
+    [quantization.TENSOR, quantization.TENSOR_ASYMMETRIC],
+    ids=lambda scheme: scheme.name,
+)
 def test_the_plugin_fires_at_one_token(scheme, tokens) -> None:
     case = quantization.case(scheme, tokens, 256)
     row = measure(case, Plan(CPU, False, False, stock=False), HostTimer(reps=1), copy_gbps=10.0)

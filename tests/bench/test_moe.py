@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench import ahead, moe_blocks, moe_report, readme, tuning
 from bench import moe as mixtures
-from bench import moe_blocks, moe_report, readme, tuning
 from bench.__main__ import app
 from bench.case import close
 from bench.moe_shared import WAYS
 from bench.results import ROOT, Row, Run
-from bench.suites import moe
+from bench.suites import moe, moe_apart
 from bench.timer import HostTimer
 from custom_ops.moe import choice
 from custom_ops.moe.parts import Pipeline
@@ -193,6 +194,40 @@ def test_the_names_in_a_table_are_those_of_pipelines():
             for row in rows:
                 assert set(row["us"]) <= set(choice.pipelines())
     assert all(isinstance(each, Pipeline) for each in choice.pipelines().values())
+
+
+def test_blocks_with_two_weights_are_what_their_ops_compute():
+    for case in moe_apart.cases(tiny=True):
+        with torch.no_grad():
+            inputs = case.inputs(CPU)
+            expected = case.plain(*inputs)
+            for name in ("by_hand", "packed", "experts grouped_mm"):
+                assert close(1e-2)(expected, case.others[name](inputs)()) is None, (case.name, name)
+    assert {case.sizes["tokens"] for case in moe_apart.cases()} == set(moe.TOKENS)
+
+
+def test_grouped_products_are_not_launched_ahead():
+    """Their offsets are what no kernel has written."""
+
+    def product(x, weight, counts):
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+    def launched(*_args, **_kwargs):
+        raise AssertionError("a product was launched")
+
+    from torch._inductor.select_algorithm import extern_kernels
+
+    x, weight = torch.ones(10, 64).bfloat16(), torch.ones(4, 32, 64).bfloat16()
+    counts = torch.tensor([2, 3, 3, 2], dtype=torch.int32)
+    torch.compiler.reset()
+    compiled = torch.compile(product)
+    with mock.patch.object(extern_kernels, "_grouped_mm", launched):
+        with ahead.unlaunched():
+            assert compiled(x, weight, counts).shape == (10, 32)
+        with pytest.raises(AssertionError, match="was launched"):
+            compiled(x, weight, counts)
+    assert torch.equal(compiled(x, weight, counts), torch.full((10, 32), 64.0).bfloat16())
 
 
 def test_tune_knows_its_families():

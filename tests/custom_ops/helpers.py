@@ -102,6 +102,7 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
     packed_scale = {**tma, "scale_format": "ue8m0_packed"}
     int8 = {"dtype": torch.int8, "min_amax": 0.0, "min_scale": 1e-5, "scale_mode": "divide_input"}
     given = torch.tensor([0.02], device=device)
+    zero = torch.tensor([-7], dtype=torch.int8, device=device)
     even, odd = packed[..., ::2], packed[..., 1::2]
     swiglu = (1.702, 7.0)
     experts = bf16(2, math.prod(tokens), 2 * hidden, device=device)
@@ -117,6 +118,8 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
         ("tensor_quant_static", (x, given), {"dtype": torch.int8}),
         ("block_quant", (x.flatten(0, -2) if tokens else x.view(1, -1),), {}),
         ("token_quant_asymmetric", (x,), {"min_scale": 1e-5}),
+        ("tensor_quant_asymmetric", (packed[..., hidden:],), {"scale_mode": "reciprocal_input"}),
+        ("tensor_quant_static_asymmetric", (x, given, zero.int()), {"code_mode": "reciprocal"}),
         ("silu_mul", (gate, up), {}),
         ("silu_mul_group_quant", (gate, up, 128), tma),
         ("silu_mul_group_quant", (gate, up, 64), {}),
@@ -124,6 +127,8 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
         ("silu_mul_token_quant_asymmetric", (gate, up), {"min_scale": 1e-5}),
         ("silu_mul_tensor_quant", (gate, up), {}),
         ("silu_mul_tensor_quant_static", (gate, up, given), {}),
+        ("silu_mul_tensor_quant_asymmetric", (gate, up), {}),
+        ("silu_mul_tensor_quant_static_asymmetric", (gate, up, given, zero), {}),
         ("silu_mul_group_quant_masked", (experts, counts, 64), {}),
         ("gelu_tanh_mul", (gate, up), {}),
         ("gelu_tanh_mul_group_quant", (gate, up, 32), {"scale_format": "ue8m0"}),
@@ -131,12 +136,16 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
         ("gelu_tanh_mul_token_quant_asymmetric", (gate, up), {"scale_mode": "divide_input"}),
         ("gelu_tanh_mul_tensor_quant", (gate, up), {}),
         ("gelu_tanh_mul_tensor_quant_static", (gate, up, given), {}),
+        ("gelu_tanh_mul_tensor_quant_asymmetric", (gate, up), {}),
+        ("gelu_tanh_mul_tensor_quant_static_asymmetric", (gate, up, given, zero), {}),
         ("clamped_swiglu", (even, odd, *swiglu), {}),
         ("clamped_swiglu_group_quant", (even, odd, *swiglu, 128), packed_scale),
         ("clamped_swiglu_token_quant", (even, odd, *swiglu), {}),
         ("clamped_swiglu_token_quant_asymmetric", (even, odd, *swiglu), {}),
         ("clamped_swiglu_tensor_quant", (even, odd, *swiglu), {}),
         ("clamped_swiglu_tensor_quant_static", (even, odd, *swiglu, given), {}),
+        ("clamped_swiglu_tensor_quant_asymmetric", (even, odd, *swiglu), {}),
+        ("clamped_swiglu_tensor_quant_static_asymmetric", (even, odd, *swiglu, given, zero), {}),
         ("rms_norm", (x, w, 1e-6), {}),
         ("rms_norm", (x, w.float(), 1e-6), {"weight_mode": "float32_plus_one"}),
         ("add_rms_norm", (x, r, w, 1e-6), {}),
@@ -156,6 +165,10 @@ def samples(device: str = "cpu", tokens: tuple[int, ...] = (2, 3), hidden: int =
         ("add_rms_norm_token_quant_asymmetric", (x, r, w, 1e-6), {}),
         ("add_rms_norm_tensor_quant", (x, r, w, 1e-6), {}),
         ("add_rms_norm_tensor_quant_static", (x, r, w, 1e-6, given), {}),
+        ("rms_norm_tensor_quant_asymmetric", (x, w, 1e-6), {"min_scale": 1e-5}),
+        ("rms_norm_tensor_quant_static_asymmetric", (x, w, 1e-6, given, zero), {}),
+        ("add_rms_norm_tensor_quant_asymmetric", (x, r, w, 1e-6), {}),
+        ("add_rms_norm_tensor_quant_static_asymmetric", (x, r, w, 1e-6, given, zero), {}),
         ("block_scaled_mm", (a, a_scale, b, b_scale), {}),
         ("block_scaled_mm", (a, a_scale, b, b_scale), {"out_dtype": torch.float32}),
     ]

@@ -31,12 +31,12 @@ from fusion_passes.testing.strategies import (
 from tests.custom_ops.helpers import DEVICE, implementation
 
 SCHEMES = ("group_quant", "token_quant", "tensor_quant", "tensor_quant_static")
-ASYMMETRIC = "token_quant_asymmetric"
-"""Beside SCHEMES, for it has other keywords and outputs."""
+ASYMMETRIC = ("token_quant_asymmetric", "tensor_quant_asymmetric", "tensor_quant_static_asymmetric")
+"""Beside SCHEMES, for they have other keywords and outputs."""
 GATES = ("silu_mul", "gelu_tanh_mul", "clamped_swiglu")
 NORMS = ("rms_norm", "add_rms_norm")
 PRODUCERS = (*GATES, *NORMS)
-PAIRS = [(producer, scheme) for producer in PRODUCERS for scheme in (*SCHEMES, ASYMMETRIC)]
+PAIRS = [(producer, scheme) for producer in PRODUCERS for scheme in (*SCHEMES, *ASYMMETRIC)]
 KEPT = [(producer, scheme) for producer in NORMS for scheme in ("group_quant", "token_quant")]
 """Of which there is `<producer>_and_<scheme>` too."""
 WEIGHT_MODES = ("rounded", "float32", "float32_plus_one")
@@ -77,10 +77,42 @@ def scale_modes(dtype: torch.dtype) -> tuple[str, ...]:
     return INT8_SCALE_MODES if dtype == torch.int8 else SCALE_MODES
 
 
+def rest_of(scheme: str, group_size: int = 128, scale: float = 0.0173) -> tuple[Any, ...]:
+    """Positional arguments of a scheme after what it quantizes."""
+    given = (torch.tensor([scale], device=DEVICE),)
+    return {
+        "group_quant": (group_size,),
+        "tensor_quant_static": given,
+        "tensor_quant_static_asymmetric": (
+            *given,
+            torch.tensor([-7], dtype=torch.int8, device=DEVICE),
+        ),
+    }.get(scheme, ())
+
+
+@st.composite
+def given_scales(draw: st.DrawFn) -> Tensor:
+    """Of one element: usual ones, and what a kernel has to have a way of its own for."""
+    value = draw(st.sampled_from((1.0, 0.0123, 3e38, 1e-40, 2.0**-127, 0.0, float("inf"))))
+    return torch.full(draw(st.sampled_from(((), (1,), (1, 1)))), value, device=DEVICE)
+
+
+@st.composite
+def given_zero_points(draw: st.DrawFn) -> Tensor:
+    """Of one element: of the codes as int8, and as int32 far from them too."""
+    dtype = draw(st.sampled_from((torch.int8, torch.int32)))
+    values = (0, 3, -7, 127, -128) + (dtype is torch.int32) * (128, -900, 2**22, 2**31 - 1)
+    shape = draw(st.sampled_from(((), (1,), (1, 1))))
+    return torch.full(shape, draw(st.sampled_from(values)), dtype=dtype, device=DEVICE)
+
+
 @st.composite
 def schemes(draw: st.DrawFn, scheme: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a scheme after the quantized one: all formats, layouts, modes and bounds."""
-    if scheme == ASYMMETRIC:
+    if scheme == "tensor_quant_static_asymmetric":
+        options = {"code_mode": draw(st.sampled_from(CODE_MODES))}
+        return (draw(given_scales()), draw(st.none() | given_zero_points())), options
+    if scheme in ASYMMETRIC:
         return (), {
             "min_scale": draw(st.sampled_from((0.0, 1e-5))),
             "scale_mode": draw(st.sampled_from(SCALE_MODES)),
@@ -91,9 +123,7 @@ def schemes(draw: st.DrawFn, scheme: str) -> tuple[tuple[Any, ...], dict[str, An
         "code_mode": draw(st.sampled_from(CODE_MODES)),
     }
     if scheme == "tensor_quant_static":
-        value = draw(st.sampled_from((1.0, 0.0123, 3e38, 1e-40, 2.0**-127, 0.0, float("inf"))))
-        shape = draw(st.sampled_from(((), (1,), (1, 1))))
-        return (torch.full(shape, value, device=DEVICE),), options
+        return (draw(given_scales()),), options
     grouped = scheme == "group_quant"
     options |= {
         "min_amax": draw(st.sampled_from((1e-10, 0.0, 1e-4, 1e-38, 1e-42, 3.0))),

@@ -265,6 +265,12 @@ def bad_calls() -> dict:
             {},
             r"scale.dtype is torch.bfloat16; accepted: torch.float32",
         ),
+        "zero point dtype": (
+            custom_ops.tensor_quant_static_asymmetric,
+            (x, torch.ones(1), torch.ones(1)),
+            {},
+            r"zero_point.dtype is torch.float32; accepted: torch.int8, torch.int32",
+        ),
         "silu shape": (
             custom_ops.silu_mul,
             (x, x[:, :128]),

@@ -69,6 +69,14 @@ def shifted(x: Tensor) -> Tensor:
     return torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
+def zero_of(value: int | None, wide: bool) -> Tensor | None:
+    """A zero point as int32, where it is wide or no int8."""
+    if value is None:
+        return None
+    dtype = torch.int32 if wide or not -128 <= value <= 127 else torch.int8
+    return torch.tensor([value], dtype=dtype, device="cuda")
+
+
 def reference(name: str, *args: Any, **options: Any) -> Any:
     op = library.ops()[name]
     return op.reference(*args, **op.defaults | options)
@@ -91,6 +99,25 @@ def test_a_given_scale(rows, cols, scale, dtype, codes, code_mode, seed) -> None
     run = kernel("tensor_quant_static", "cuda")
     for way in (x, shifted(x)):
         assert_same_bits(run(way, given_scale, **options), want)
+
+
+@given(
+    rows=st.sampled_from((1, 2, 16, 257)),
+    cols=st.sampled_from((1, 7, 8, 24, 520, 2048, 7168)),
+    scale=scales,
+    zero_point=st.sampled_from((None, 0, -7, 127, -128, 1000)),
+    wide=st.booleans(),
+    dtype=dtypes,
+    code_mode=st.sampled_from(CODE_MODES),
+    seed=st.integers(0, 99),
+)
+def test_a_given_zero_point(rows, cols, scale, zero_point, wide, dtype, code_mode, seed) -> None:
+    x = values(seed, rows, cols, dtype=dtype)
+    rest = (torch.tensor([scale], device="cuda"), zero_of(zero_point, wide))
+    want = reference("tensor_quant_static_asymmetric", x, *rest, code_mode=code_mode)
+    run = kernel("tensor_quant_static_asymmetric", "cuda")
+    for way in (x, shifted(x)):
+        assert_same_bits(run(way, *rest, code_mode=code_mode), want)
 
 
 @given(
@@ -146,6 +173,22 @@ def test_every_value_by_a_given_scale(codes, code_mode) -> None:
             assert_same_bits(run(x, given_scale, **options), want)
 
 
+@pytest.mark.parametrize("code_mode", ["divide", "reciprocal"])
+@pytest.mark.parametrize("zero_point", [None, -7, 1000])
+def test_every_value_by_a_given_zero_point(zero_point, code_mode) -> None:
+    run = kernel("tensor_quant_static_asymmetric", "cuda")
+    bits = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = bits.view(dtype).view(16, -1)
+        for scale in (0.0173, 1.0, 7.0, 1e-20, 2.0**-69, 1e30):
+            rest = (torch.tensor([scale], device="cuda"), zero_of(zero_point, wide=True))
+            want = reference("tensor_quant_static_asymmetric", x, *rest, code_mode=code_mode)
+            assert_same_bits(run(x, *rest, code_mode=code_mode), want)
+            many = x.repeat(20, 1)  # beyond the flat kernels
+            want = reference("tensor_quant_static_asymmetric", many, *rest, code_mode=code_mode)
+            assert_same_bits(run(many, *rest, code_mode=code_mode), want)
+
+
 @pytest.mark.parametrize("elements", [edge + more for edge in EDGES for more in (-8, 0, 8)])
 def test_where_the_ways_part(elements: int) -> None:
     x = values(0, 1, elements, dtype=torch.bfloat16)
@@ -159,6 +202,10 @@ def test_where_the_ways_part(elements: int) -> None:
         fused = kernel(f"{gate}_tensor_quant_static", "cuda")
         want = reference("tensor_quant_static", run(x, up, *numbers), given_scale)
         assert_same_bits(fused(x, up, *numbers, given_scale), want)
+        rest = (given_scale, zero_of(-7, wide=False))
+        fused = kernel(f"{gate}_tensor_quant_static_asymmetric", "cuda")
+        want = reference("tensor_quant_static_asymmetric", run(x, up, *numbers), *rest)
+        assert_same_bits(fused(x, up, *numbers, *rest), want)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -190,6 +237,11 @@ def test_gates_of_any_layout(gate, rows, cols, layout, dtype, seed) -> None:
     for options in ({}, {"dtype": torch.int8}, {"code_mode": "reciprocal"}):
         codes = reference("tensor_quant_static", want, given_scale, **options)
         assert_same_bits(fused(a, b, *numbers, given_scale, **options), codes)
+    rest = (given_scale, zero_of(-7, wide=False))
+    fused = kernel(f"{gate}_tensor_quant_static_asymmetric", "cuda")
+    for mode in ("divide", "reciprocal", "reciprocal_input"):
+        codes = reference("tensor_quant_static_asymmetric", want, *rest, code_mode=mode)
+        assert_same_bits(fused(a, b, *numbers, *rest, code_mode=mode), codes)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, bf16, fp8, outputs
-from tests.custom_ops.schemes import ASYMMETRIC, GATES, KERNELS, NORMS, SCHEMES, kernel
+from tests.custom_ops.schemes import ASYMMETRIC, GATES, KERNELS, NORMS, SCHEMES, kernel, rest_of
 
 PITCH = 2**30 + 64
 WIDTH = 256
-REST: dict[str, tuple[Any, ...]] = {
-    "group_quant": (128,),
-    "tensor_quant_static": (torch.tensor([0.0173], device=DEVICE),),
-}
 
 
 def apart(near: Tensor) -> Tensor:
@@ -44,13 +40,13 @@ def both(name: str, which: str, *args: Any) -> tuple[tuple[Tensor, ...], tuple[T
 
 
 @pytest.mark.parametrize("which", KERNELS)
-@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 def test_what_quantizes(far: Tensor, which: str, scheme: str) -> None:
-    assert_same_bits(*both(scheme, which, far, *REST.get(scheme, ())))
+    assert_same_bits(*both(scheme, which, far, *rest_of(scheme)))
 
 
 @pytest.mark.parametrize("which", KERNELS)
-@pytest.mark.parametrize("scheme", ["", *SCHEMES, ASYMMETRIC])
+@pytest.mark.parametrize("scheme", ["", *SCHEMES, *ASYMMETRIC])
 @pytest.mark.parametrize("producer", [*GATES, *NORMS])
 def test_what_produces(far: Tensor, which: str, producer: str, scheme: str) -> None:
     weight = torch.ones(WIDTH, dtype=far.dtype, device=DEVICE)
@@ -60,7 +56,7 @@ def test_what_produces(far: Tensor, which: str, producer: str, scheme: str) -> N
         "clamped_swiglu": (far, far, 1.702, 7.0),
     }.get(producer, (far, far))
     name = f"{producer}_{scheme}" if scheme else producer
-    assert_same_bits(*both(name, which, *inputs, *REST.get(scheme, ())))
+    assert_same_bits(*both(name, which, *inputs, *rest_of(scheme)))
 
 
 @pytest.mark.parametrize("which", ["triton"])

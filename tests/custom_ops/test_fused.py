@@ -32,6 +32,7 @@ from tests.custom_ops.schemes import (
     SCHEMES,
     calls,
     kernel,
+    rest_of,
 )
 
 every_kernel = pytest.mark.parametrize("which", KERNELS)
@@ -92,15 +93,15 @@ def test_signature_schema_and_docstring(producer, scheme):
     assert [a.kwarg_only for a in arguments] == [p.kind is keyword for p in positional + keywords]
     returns = [r.name for r in op.overload._schema.returns]
     residual = ["residual_out"] if producer == "add_rms_norm" else []
-    codes = ["q"] if scheme == "tensor_quant_static" else ["q", "scale"]
-    codes += ["zero_point"] if scheme == ASYMMETRIC else []
+    codes = ["q"] if "static" in scheme else ["q", "scale"]
+    codes += ["zero_point"] if scheme in ASYMMETRIC and "static" not in scheme else []
     assert returns == codes + residual or returns == [""]
     assert op.public.__doc__.startswith(f"`{scheme}({producer}(...), ...)` as one op.")
     assert op.public.__module__ == before.public.__module__
 
 
 @every_kernel
-@pytest.mark.parametrize("scheme", ["group_quant", "token_quant", ASYMMETRIC])
+@pytest.mark.parametrize("scheme", ["group_quant", "token_quant", "token_quant_asymmetric"])
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_a_row_gives_the_same_bits_in_any_batch(producer, scheme, which):
     torch.manual_seed(0)
@@ -123,39 +124,37 @@ def test_rows_longer_than_a_tile(producer, scheme, which):
     rows = [bf16(2, hidden, device=DEVICE) for _ in range(1 if producer == "rms_norm" else 2)]
     inputs = (*rows, *((bf16(hidden, device=DEVICE), 1e-6) if producer in NORMS else ()))
     inputs += (1.702, 7.0) if producer == "clamped_swiglu" else ()
-    rest = {"group_quant": (128,), "tensor_quant_static": (torch.tensor(0.02, device=DEVICE),)}
-    extra = rest.get(scheme, ())
+    extra = rest_of(scheme)
     fused = outputs(run(*inputs, *extra))
     produced, *others = outputs(implementation(producer, which)(*inputs))
     quantized = outputs(implementation(scheme, "reference")(produced, *extra))
     assert_same_bits(fused, (*quantized, *others))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 @pytest.mark.parametrize("producer", GATES)
 def test_halves_of_packed_and_interleaved_tensors_are_read_in_place(producer, scheme, monkeypatch):
     """Neither the halves of one tensor nor its even and odd columns are copied by the Triton kernels."""
     both = bf16(5, 2 * 256, device=DEVICE)
     scalars = (1.702, 7.0) if producer == "clamped_swiglu" else ()
-    rest = {"group_quant": (64,), "tensor_quant_static": (torch.tensor(0.02, device=DEVICE),)}
+    rest = rest_of(scheme, 64)
     run = implementation(f"{producer}_{scheme}", "triton")
     for gate, up in (both.chunk(2, -1), (both[:, ::2], both[:, 1::2])):
-        expected = run(gate.contiguous(), up.contiguous(), *scalars, *rest.get(scheme, ()))
+        expected = run(gate.contiguous(), up.contiguous(), *scalars, *rest)
         with monkeypatch.context() as patched:
             patched.setattr(torch.Tensor, "contiguous", None)
-            actual = run(gate, up, *scalars, *rest.get(scheme, ()))
+            actual = run(gate, up, *scalars, *rest)
         assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_no_tokens(producer, scheme):
     x = bf16(0, 256, device=DEVICE)
     inputs = (x,) if producer == "rms_norm" else (x, x)
     inputs += (bf16(256, device=DEVICE), 1e-6) if producer in NORMS else ()
     inputs += (1.702, 7.0) if producer == "clamped_swiglu" else ()
-    rest = {"group_quant": (128,), "tensor_quant_static": (torch.ones(1, device=DEVICE),)}
-    args = (*inputs, *rest.get(scheme, ()))
+    args = (*inputs, *rest_of(scheme))
     result = outputs(getattr(custom_ops, f"{producer}_{scheme}")(*args))
     assert_same_bits(result, implementation(f"{producer}_{scheme}", "reference")(*args))
     assert result[0].shape == (0, 256)

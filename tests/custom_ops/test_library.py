@@ -11,7 +11,7 @@ import custom_ops
 from custom_ops import cuda_build, library, platform
 from custom_ops.gemm import deep_gemm, preferred_scale_layout
 from tests.custom_ops.helpers import DEVICE, bf16, fake_mode, fp8
-from tests.custom_ops.schemes import KEPT, PAIRS, PRODUCERS, SCHEMES
+from tests.custom_ops.schemes import ASYMMETRIC, KEPT, PAIRS, PRODUCERS, SCHEMES
 
 NAMES = {
     "block_scaled_mm",
@@ -19,7 +19,6 @@ NAMES = {
     "scaled_mm_add",
     "block_quant",
     "silu_mul_group_quant_masked",
-    "token_quant_asymmetric",
     "topk_softmax",
     "topk_sigmoid",
     "grouped_topk",
@@ -49,6 +48,7 @@ NAMES = {
     "lora_shrink_single",
     "lora_expand_single",
     *SCHEMES,
+    *ASYMMETRIC,
     *PRODUCERS,
     *(f"{producer}_{scheme}" for producer, scheme in PAIRS),
     *(f"{producer}_and_{scheme}" for producer, scheme in KEPT),

@@ -12,7 +12,7 @@ from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES
 from tests.fusion_passes import test_fusions, test_int8_pairs, test_products
 
 PROFILES = {"ci": 25, "nightly": 200}
-QUANTIZING = (*SCHEMES, ASYMMETRIC, *(f"{producer}_{scheme}" for producer, scheme in PAIRS))
+QUANTIZING = (*SCHEMES, *ASYMMETRIC, *(f"{producer}_{scheme}" for producer, scheme in PAIRS))
 
 
 def drawn(test) -> int:

@@ -347,11 +347,14 @@ def test_one_product_alone_is_named():
     left_as_it_is(run(folded), "not in pairs", "a row of its own")
 
 
-def test_weights_before_the_experts_are_named():
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_weights_before_the_experts(top_k):
+    """One weight has gate and up; where these are two, see `test_experts_apart`."""
+
     def before(hidden, gate_up, down, weights, ids):
         order = ids.reshape(-1).argsort(stable=True)
         ends = OFFSETS["compared"](ids.reshape(-1)).to(torch.int32)
-        rows = hidden[order // 2] * weights.reshape(-1)[order].unsqueeze(-1)
+        rows = hidden[order // top_k] * weights.reshape(-1)[order].unsqueeze(-1)
         out = torch._grouped_mm(
             gated(torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)),
             down.transpose(1, 2),
@@ -359,7 +362,7 @@ def test_weights_before_the_experts_are_named():
         )
         return out[order.argsort()].view(*ids.shape, -1).sum(1)
 
-    left_as_it_is(run(before), "no top-k weight was applied to", "multiply what the experts read")
+    assert_fused(run(before, top_k=top_k))
 
 
 def test_a_total_that_is_not_empty_before():
@@ -385,28 +388,6 @@ def test_rows_added_to_other_tokens():
         return accumulated(out, torch.arange(10) // 2, 5, "index_add")
 
     left_as_it_is(run(wrong), "does not add each row to that of its token")
-
-
-@pytest.mark.parametrize("form", ["grouped", "einsum"])
-def test_gate_and_up_apart_are_named(form):
-    def apart(hidden, gate_up, down, weights, ids):
-        gate, up = (part.contiguous() for part in gate_up.chunk(2, 1))
-        if form == "einsum":
-            products = [torch.einsum("ti,tkoi->tko", hidden, part[ids]) for part in (gate, up)]
-            out = torch.einsum("tko,tkio->tki", F.silu(products[0]) * products[1], down[ids])
-            return torch.einsum("tki,tk->ti", out, weights)
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        ends = OFFSETS["compared"](flat).to(torch.int32)
-        products = [
-            torch._grouped_mm(hidden[order // 2], part.transpose(1, 2), offs=ends)
-            for part in (gate, up)
-        ]
-        between = F.silu(products[0]) * products[1]
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
-        return weighted(put_back(out, order, "index").view(5, 2, -1), weights, "sum")
-
-    left_as_it_is(run(apart), "gate and up are products of their own", "one weight has both")
 
 
 def test_experts_that_all_tokens_go_through_are_named():

@@ -322,10 +322,10 @@ REASONS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[str, .
     "int8 that is cut off": (lambda x: by_tokens(x).to(torch.int8), (), ("round", "div")),
     "int8 by trunc": (lambda x: torch.trunc(by_tokens(x)).to(torch.int8), (), ("trunc",)),
     "int8 by floor": (lambda x: torch.floor(by_tokens(x) + 0.5).to(torch.int8), (), ("floor",)),
-    "int8 from -128 on by a given scale": (
-        lambda x, scale: (x.float() / scale).round().clamp(-128, 127).to(torch.int8),
+    "int8 from -128 to 126 by a given scale": (
+        lambda x, scale: (x.float() / scale).round().clamp(-128, 126).to(torch.int8),
         (ONE,),
-        ("clamped to -128 .. 127, not to +-127",),
+        ("clamped to -128 .. 126, not to -128 .. 127",),
     ),
     "all codes, clamped to fewer": (
         of_all_codes_by_127,

@@ -106,12 +106,6 @@ def norm_weight(cols: int, dtype: torch.dtype, mode: str, float32: bool) -> Tens
 X = {"device": "cuda", "dtype": torch.bfloat16}
 
 
-def rest_of(scheme: str, group_size: int = 128) -> tuple:
-    """The positional arguments of a scheme after what it quantizes."""
-    given = torch.tensor([0.0173], device="cuda")
-    return {"group_quant": (group_size,), "tensor_quant_static": (given,)}.get(scheme, ())
-
-
 def inputs_of(producer: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """The arguments of a producer: rows whose sizes differ by powers of two, halves of one tensor."""
     if producer in NORMS:

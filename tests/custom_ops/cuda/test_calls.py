@@ -85,6 +85,9 @@ BAD = {
     "scale must be float32": lambda ops: ops.tensor_quant_static(
         torch.ones(2, 128, **X), torch.ones(2, device="cuda")
     ),
+    "zero_point must be int8": lambda ops: ops.tensor_quant_static_asymmetric(
+        torch.ones(2, 128, **X), torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
+    ),
     "min_scale must": lambda ops: ops.token_quant(torch.ones(2, 128, **X), min_scale=-1.0),
     "multiple of group_size": lambda ops: ops.group_quant(torch.ones(2, 100, **X), 128),
     "scale_layout": lambda ops: ops.group_quant(torch.ones(2, 128, **X), 128, scale_layout="row"),

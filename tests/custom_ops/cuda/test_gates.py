@@ -18,10 +18,9 @@ from tests.custom_ops.cuda.inputs import (
     inputs_of,
     randn,
     reference,
-    rest_of,
 )
 from tests.custom_ops.helpers import assert_same_bits
-from tests.custom_ops.schemes import GATES, SCHEMES, kernel
+from tests.custom_ops.schemes import GATES, SCHEMES, kernel, rest_of
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from custom_ops.quantization import reference as quantization
 from custom_ops.scales import CODE_DTYPES, SCALE_LAYOUTS
-from tests.custom_ops.cuda.inputs import EPS, assert_same_quantized, randn, reference, rest_of
+from tests.custom_ops.cuda.inputs import EPS, assert_same_quantized, randn, reference
 from tests.custom_ops.helpers import assert_same_bits, outputs
-from tests.custom_ops.schemes import ASYMMETRIC, GATES, NORMS, SCHEMES, kernel
+from tests.custom_ops.schemes import ASYMMETRIC, GATES, NORMS, SCHEMES, kernel, rest_of
 
 pytestmark = pytest.mark.gpu
 
@@ -64,14 +64,14 @@ def test_more_than_2_to_the_31_threads(ops, layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 def test_schemes_of_more_than_2_to_the_31_elements(ops, scheme: str) -> None:
     """2^31 + 8192 elements: the last row lies past the reach of 32-bit offsets."""
     run = kernel(scheme, "cuda")
     cols = 8192
     x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
     x.view(torch.int16).random_(0x3C00, 0x4100)
-    if scheme == "tensor_quant":
+    if scheme in ("tensor_quant", "tensor_quant_asymmetric"):
         x[-1, -1] = 100.0  # the largest of all, and the last
     got = [t[-1:] if t.numel() > 1 else t for t in outputs(run(x, *rest_of(scheme)))]
     want = outputs(reference(scheme, x[-1:], *rest_of(scheme)))
@@ -100,7 +100,7 @@ def test_gates_of_more_than_2_to_the_31_elements(ops, producer: str) -> None:
     x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
     x.view(torch.int16).random_(0x3C00, 0x4100)
     numbers = (1.702, 7.0) if producer == "clamped_swiglu" else ()
-    for scheme in ("group_quant", "token_quant", "tensor_quant_static", ASYMMETRIC):
+    for scheme in ("group_quant", "token_quant", "tensor_quant_static", "token_quant_asymmetric"):
         run = kernel(f"{producer}_{scheme}", "cuda")
         rest = (*numbers, *rest_of(scheme))
         got, want = outputs(run(x, x, *rest)), outputs(run(x[-3:], x[-3:], *rest))
@@ -115,7 +115,7 @@ def test_norms_of_more_than_2_to_the_31_elements(ops, producer: str) -> None:
     x = torch.empty(2**31 // cols + 1, cols, device="cuda", dtype=torch.bfloat16)
     x.view(torch.int16).random_(0x3C00, 0x4100)
     weight = torch.ones(cols, device="cuda", dtype=torch.bfloat16)
-    for scheme in ("token_quant", "tensor_quant_static", ASYMMETRIC):
+    for scheme in ("token_quant", "tensor_quant_static", "token_quant_asymmetric"):
         run = kernel(f"{producer}_{scheme}", "cuda")
         args = (*((x, x) if producer == "add_rms_norm" else (x,)), weight, EPS, *rest_of(scheme))
         few = [t[-3:] if isinstance(t, Tensor) and t.dim() == 2 else t for t in args]

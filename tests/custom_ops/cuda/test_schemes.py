@@ -14,11 +14,10 @@ from tests.custom_ops.cuda.inputs import (
     layouts,
     randn,
     reference,
-    rest_of,
     with_special,
 )
 from tests.custom_ops.helpers import assert_same_bits, outputs
-from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES, kernel, scale_modes
+from tests.custom_ops.schemes import ASYMMETRIC, PAIRS, SCHEMES, kernel, rest_of, scale_modes
 
 pytestmark = pytest.mark.gpu
 MODES = [
@@ -28,6 +27,9 @@ MODES = [
 ]
 # A row in a part of a warp, in a warp, in a block; odd; hidden 128 x 33; past what registers hold.
 COLS = (1, 7, 33, 127, 128, 384, 1000, 2048, 4224, 5120, 7168, 14336, 16385, 40001)
+# One, two, four vectors of a thread, some beyond the row; rows of a warp each; past what registers hold.
+PAIR_SIZES = [(1, 128), (3, 384), (300, 1152), (300, 4224), (1031, 4224), (8200, 1024)]
+PAIR_SIZES += [(257, 14336), (5, 16384), (3, 20480)]
 
 
 @pytest.mark.parametrize(("codes", "scale_mode", "code_mode"), MODES)
@@ -48,7 +50,7 @@ def test_a_scheme_is_bitwise(ops, scheme: str, codes, scale_mode: str, code_mode
             assert_same_bits(run(x, *rest, **options), reference(scheme, x, *rest, **options))
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 def test_schemes_of_other_shapes_and_addresses(ops, scheme: str) -> None:
     run = kernel(scheme, "cuda")
     base = randn(6, 5, 4, 256, dtype=torch.bfloat16, spread=4)
@@ -65,7 +67,7 @@ def test_schemes_of_other_shapes_and_addresses(ops, scheme: str) -> None:
         assert_same_bits(run(x, *rest_of(scheme)), want)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC])
 def test_schemes_of_no_elements(ops, scheme: str) -> None:
     """Called as a graph calls it, with no check in Python before it."""
     kernel(scheme, "cuda")
@@ -81,13 +83,13 @@ def test_a_pair_is_the_composition(ops, producer: str, scheme: str, dtype: torch
     """Bit for bit that of its own producer; and of eager's but for what a float32 step of an exp or a mean moves."""
     run, produce = kernel(f"{producer}_{scheme}", "cuda"), kernel(producer, "cuda")
     for (rows, cols), codes in itertools.product(
-        ((1, 128), (3, 384), (129, 4224), (1031, 2048), (700, 7168), (5, 16384), (3, 20480)),
+        PAIR_SIZES,
         CODE_DTYPES,
     ):
         inputs = inputs_of(producer, rows, cols, dtype=dtype)
         for group_size in GROUP_SIZES if scheme == "group_quant" else (128,):
             rest = rest_of(scheme, group_size)
-            options = {} if scheme == ASYMMETRIC else {"dtype": codes}
+            options = {} if scheme in ASYMMETRIC else {"dtype": codes}
             got = outputs(run(*inputs, *rest, **options))
             values, *residual = outputs(produce(*inputs))
             want = outputs(reference(scheme, values, *rest, **options))

@@ -57,6 +57,7 @@ class Shape:
     ids_dtype: torch.dtype = torch.int64
     transposed: bool = False
     elsewhere: bool = False
+    apart: bool = False
     seed: int = 0
 
     def call(self, device: str = DEVICE) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -84,7 +85,7 @@ class Shape:
         if self.biased:
             kwargs["gate_up_bias"] = normal(self.experts, rows).to(device, self.dtype)
             kwargs["down_bias"] = normal(self.experts, self.hidden).to(device, self.dtype)
-        tensors = []
+        tensors: list[Tensor] = []
         for name, weight in (("gate_up", first), ("down", second)):
             codes, scale = quantize(weight, self.weights, self.dtype)
             if scale is not None:
@@ -93,6 +94,8 @@ class Shape:
             if self.transposed:
                 codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
             tensors.append(codes)
+        if self.apart:
+            tensors[0], kwargs["up"] = (half.clone() for half in tensors[0].chunk(2, 1))
         args = (
             x.to(device),
             *tensors,
@@ -130,29 +133,38 @@ def shapes(draw, **fixed: Any) -> Shape:
         given = fixed.get(name, values)
         return draw(st.sampled_from(given)) if isinstance(given, (list, tuple, range)) else given
 
+    interleaved = choose("interleaved", [False, True])
     experts = choose("experts", [1, 2, 3, 5, 8, 12])
     top_k = min(choose("top_k", [1, 2, 3, 12]), experts)
     activation = choose("activation", list(NAMES))
     dtype = choose("dtype", [torch.bfloat16, torch.float16])
+    weights, intermediate = (
+        choose("weights", list(WEIGHTS)),
+        choose("intermediate", [8, 24, 128, 136]),
+    )
+    apart = choose("apart", False) and activation != "relu2"
+    if apart and weights == "fp8_block":
+        intermediate = -(-intermediate // 128) * 128
     return Shape(
         tokens=choose("tokens", [0, 1, 2, 7, 33]),
         top_k=top_k,
         experts=experts,
         hidden=choose("hidden", [8, 40, 128, 200]),
-        intermediate=choose("intermediate", [8, 24, 128, 136]),
+        intermediate=intermediate,
         routing=choose("routing", list(ROUTINGS)),
         activation=activation,
-        interleaved=choose("interleaved", [False, True]) and activation != "relu2",
+        interleaved=interleaved and activation != "relu2" and not apart,
         limit=choose(
             "limit", [7.0, 0.8]
         ),  # above nearly every value; within them, and no number of 16 bits
         biased=choose("biased", [False, True]),
-        weights=choose("weights", list(WEIGHTS)),
+        weights=weights,
         dtype=dtype,
         weights_dtype=draw(st.sampled_from([torch.float32, dtype])),
         ids_dtype=choose("ids_dtype", [torch.int32, torch.int64]),
         transposed=choose("transposed", [False, True]),
         elsewhere=choose("elsewhere", [False, True]),
+        apart=apart,
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -178,6 +190,8 @@ def exact(problem: Problem) -> Tensor:
 
 def _times(x: Tensor, problem: Problem, name: str, expert: int) -> Tensor:
     weight, scale = getattr(problem, name)[expert], getattr(problem, f"{name}_scale")
+    if name == "gate_up":
+        weight = torch.cat([part[expert] for part in problem.first_weights])
     wide = weight.double()
     if problem.weights == "fp8_block":
         wide = dequantize_blocks(weight, scale[expert]).double()

@@ -107,11 +107,12 @@ def test_no_tokens(which, experts):
 @pytest.mark.gpu
 @pytest.mark.parametrize("experts", [8, 128, 256, 511, CUDA_MAX_EXPERTS])
 @pytest.mark.parametrize(
-    "tokens", [1, 4, 63, 64, 127, 128, 129, 512, 1023, 1024, 1025, 1537, 4096, 65536, 200_000]
+    "tokens",
+    [1, 4, 63, 64, 65, 127, 128, 129, 1023, 1025, 4095, 4096, 8193, 16384, 65536, 200_000],
 )
 def test_sizes_of_the_cuda_kernels(tokens, experts):
-    """Up to 1024 pairs are one block's and up to 32768 a cluster's, of 1, 2 or 4 a thread; before sm_90 up to 8192 are
-    one block's, of 1, 2, 4 or 8. Of more, up to 524288, each block has a tile.
+    """Up to 512 pairs are one block's. Of more, a block has a tile of 512, from 32768 pairs on of 1024, and from 131072
+    on of up to 4096; of more than 524288 several.
     """
     g = torch.Generator().manual_seed(tokens)
     cuda, reference = kernel(NAME, "cuda"), implementation(NAME, "reference")
@@ -127,6 +128,24 @@ def test_sizes_of_the_cuda_kernels(tokens, experts):
         table = table.cuda()
         want = reference(ids, block, here, expert_map=table)
         assert_same_bits(cuda(ids, block, here, expert_map=table), want)
+
+
+@pytest.mark.gpu
+@given(
+    pairs=st.integers(0, 20_000) | st.integers(0, 1_000_000),
+    top_k=st.sampled_from((1, 2, 8)),
+    experts=st.integers(1, CUDA_MAX_EXPERTS),
+    hot=st.integers(1, CUDA_MAX_EXPERTS),
+    block=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_any_number_of_pairs(pairs, top_k, experts, hot, block, seed):
+    """Few experts that are hot have all pairs, so that many of a warp are of the same."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    shape = (pairs // top_k, top_k)
+    ids = torch.randint(-1, min(hot, experts) + 1, shape, device="cuda", generator=g)
+    cuda, reference = kernel(NAME, "cuda"), implementation(NAME, "reference")
+    assert_same_bits(cuda(ids, block, experts), reference(ids, block, experts))
 
 
 @pytest.mark.parametrize(

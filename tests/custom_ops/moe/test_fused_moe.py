@@ -217,6 +217,8 @@ def bad_calls() -> dict:
             r"topk_ids.shape is \(3, 2\); accepted: \(5, 2\)",
         ),
         "no top_k": ((*args[:3], weights[:, :0], ids[:, :0]), {}, "accepted: top_k >= 1"),
+        "no weights": ((*args[:3], None, ids), {}, "topk_weights is None; accepted: a tensor"),
+        "no down": ((*args[:2], None, *args[3:]), {}, "down is None; accepted: a tensor"),
         "weights dtype": (
             (*args[:3], weights.half(), ids),
             {},

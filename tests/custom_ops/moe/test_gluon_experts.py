@@ -21,7 +21,11 @@ from tests.custom_ops.moe.test_triton_experts import run
 
 pytest.importorskip("triton", reason="needs triton")
 gluon_experts = importlib.import_module("custom_ops.moe.gluon_experts")
+gluon_finish = importlib.import_module("custom_ops.moe.gluon_finish")
 triton_experts = importlib.import_module("custom_ops.moe.triton_experts")
+triton_products = importlib.import_module("custom_ops.moe.triton_products")
+gluon = importlib.import_module("triton.experimental.gluon")
+gl = importlib.import_module("triton.experimental.gluon.language")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,6 +153,41 @@ def test_the_bits_of_the_plain_kernels(weights, stages, band, hidden, intermedia
     problem = shape.problem("cuda")
     out = run(problem, BLOCK, *[with_roles(weights, stages, band)] * 2)
     assert_same_bits(out, run(problem, BLOCK, *[plain(weights)] * 2))
+
+
+activate = triton_products.activate
+silus = gluon_finish.silus
+LINEAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def _of_words(gates, ups, out):
+    at = gl.program_id(0) * 128 + gl.arange(0, 128, layout=LINEAR)
+    gl.store(out + at, silus(gl.load(gates + at), gl.load(ups + at)))
+
+
+@gluon.jit
+def _one_by_one(gates, ups, out):
+    at = gl.program_id(0) * 128 + gl.arange(0, 128, layout=LINEAR)
+    gl.store(out + at, activate(gl.load(gates + at), gl.load(ups + at), 0.0, 0.0, "silu_mul"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_silu_of_all_gates(seed):
+    """The fast inverse and power of two are not exact, their product is, once it is rounded: of all 65536 gates."""
+    gates = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
+    ups = torch.full_like(gates, 0x3F80)  # 1
+    if seed > 0:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        any_bits = torch.randint(1 << 16, gates.shape, device="cuda", generator=generator)
+        ups = any_bits.to(torch.int32).to(torch.int16)
+    ours, expected = (torch.empty_like(gates).view(torch.bfloat16) for _ in range(2))
+    words = [t.view(torch.int32) for t in (gates, ups, ours)]
+    _of_words[(words[0].numel() // 128,)](*words, num_warps=4)
+    _one_by_one[(gates.numel() // 128,)](
+        gates.view(torch.bfloat16), ups.view(torch.bfloat16), expected, num_warps=4
+    )
+    assert_same_bits(ours, expected)
 
 
 @pytest.mark.parametrize("weights", ["16_bit", "fp8_block"])

@@ -1,4 +1,4 @@
-"""token_quant_asymmetric: against exact arithmetic, its edges, and Triton against the reference."""
+"""int8 with zero points: against exact arithmetic, its edges, and kernels against the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from custom_ops.scales import CODE_MODES, SCALE_MODES
 from tests.custom_ops.helpers import DEVICE, assert_same_bits, bf16, implementation
 from tests.custom_ops.quantization import oracle
-from tests.custom_ops.schemes import KERNELS, kernel, producers
+from tests.custom_ops.schemes import ASYMMETRIC, KERNELS, calls, kernel, producers, rest_of
 
 reference = implementation("token_quant_asymmetric", "reference")
 options = st.fixed_dictionaries(
@@ -29,11 +29,13 @@ def integers(v):
     return np.nan_to_num(np.rint(v), nan=0.0)
 
 
-@given(producers(""), options)
-def test_reference_is_exact(call, modes):
+@pytest.mark.parametrize("op", ASYMMETRIC[:2])
+@given(call=producers(""), modes=options)
+def test_reference_is_exact(op, call, modes):
     (x,), _ = call
-    q, scale, zero_point = reference(x, **modes)
-    rows = x.double().cpu().reshape(-1, x.shape[-1]).numpy()
+    q, scale, zero_point = implementation(op, "reference")(x, **modes)
+    width = x.shape[-1] if op.startswith("token") else x.numel()
+    rows = x.double().cpu().reshape(-1, width).numpy()
     in_input = modes["scale_mode"].endswith("_input")
     with np.errstate(all="ignore"):
         low = np.minimum(rows.min(-1, keepdims=True), 0.0)
@@ -57,17 +59,66 @@ def test_reference_is_exact(call, modes):
     np.testing.assert_array_equal(q.cpu().double().reshape(rows.shape).numpy(), codes)
 
 
-@pytest.mark.parametrize("which", KERNELS)
-@given(call=producers(""), modes=options)
-def test_kernels_equal_the_reference_bit_for_bit(which, call, modes):
-    run = kernel("token_quant_asymmetric", which)
-    assert_same_bits(run(*call[0], **modes), reference(*call[0], **modes))
+@given(call=calls("", "tensor_quant_static_asymmetric"))
+def test_a_given_zero_point_is_exact(call):
+    (x,), (scale, zero_point) = call.inputs, call.rest
+    q = implementation("tensor_quant_static_asymmetric", "reference")(*call.args, **call.options)
+    with np.errstate(all="ignore"):
+        by = scale.double().cpu().reshape(1, 1).numpy()
+        values = x.double().cpu().reshape(1, -1).numpy()
+        v = oracle.quotients(values, by, x.dtype, call.options["code_mode"])
+        zero = 0.0 if zero_point is None else float(zero_point.float())  # as float32 has it
+        codes = np.clip(oracle.to_float32(integers(v) + zero), -128, 127)
+    np.testing.assert_array_equal(q.cpu().double().reshape(1, -1).numpy(), codes)
 
 
+@pytest.mark.parametrize("op", ASYMMETRIC)
 @pytest.mark.parametrize("which", KERNELS)
-def test_tokens_longer_than_a_tile(which):
+@given(data=st.data())
+def test_kernels_equal_the_reference_bit_for_bit(op, which, data):
+    run = kernel(op, which)
+    call = data.draw(calls("", op))
+    want = implementation(op, "reference")(*call.args, **call.options)
+    assert_same_bits(run(*call.args, **call.options), want)
+
+
+@pytest.mark.parametrize("op", ASYMMETRIC)
+@pytest.mark.parametrize("which", KERNELS)
+def test_tokens_longer_than_a_tile(op, which):
     x = bf16(2, 2 * 16384 + 100, device=DEVICE) - 3
-    assert_same_bits(kernel("token_quant_asymmetric", which)(x), reference(x))
+    args = (x, *rest_of(op))
+    assert_same_bits(kernel(op, which)(*args), implementation(op, "reference")(*args))
+
+
+@pytest.mark.parametrize("which", KERNELS)
+def test_one_row_is_one_token(which):
+    x = bf16(1, 5000, device=DEVICE) + 1
+    wanted = [t.reshape(-1) for t in reference(x)]
+    got = [t.reshape(-1) for t in kernel("tensor_quant_asymmetric", which)(x)]
+    assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("which", ["reference", *KERNELS])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,)])
+def test_a_tensor_without_elements_is_a_zero(which, shape):
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
+    for bound in (0.0, 1e-5):
+        q, scale, zero_point = kernel("tensor_quant_asymmetric", which)(x, min_scale=bound)
+        assert q.shape == shape
+        assert scale.item() == float(torch.tensor(bound))
+        assert zero_point.item() == -128
+
+
+@pytest.mark.parametrize("which", ["reference", *KERNELS])
+@pytest.mark.parametrize("zero_point", [0, -7, 127, 1000])
+def test_rounding_comes_before_the_zero_point(which, zero_point):
+    """Halves go to the even quotient, whatever the zero point; a graph that adds first has others."""
+    halves = torch.arange(-6, 7, device=DEVICE).to(torch.bfloat16) / 2
+    x = halves.reshape(1, -1) - max(zero_point - 100, 0)
+    zero = torch.tensor([zero_point], dtype=torch.int32, device=DEVICE)
+    one = torch.ones(1, device=DEVICE)
+    q = kernel("tensor_quant_static_asymmetric", which)(x, one, zero)
+    assert torch.equal(q.int(), (x.float().round() + zero_point).clamp(-128, 127).int())
 
 
 @pytest.mark.parametrize("which", ["reference", *KERNELS])
@@ -85,10 +136,11 @@ def test_tokens_longer_than_a_tile(which):
 )
 def test_edges(which, values, codes, scale, zero_point):
     x = torch.tensor([values], dtype=torch.float16, device=DEVICE)
-    q, s, z = kernel("token_quant_asymmetric", which)(x)
-    assert q.tolist() == [codes]
-    assert s.item() == scale or (math.isnan(scale) and math.isnan(s.item()))
-    assert z.item() == zero_point
+    for op, tokens in (("token_quant_asymmetric", x), ("tensor_quant_asymmetric", x.expand(3, -1))):
+        q, s, z = kernel(op, which)(tokens)
+        assert q.tolist() == [codes] * len(tokens)
+        assert s.item() == scale or (math.isnan(scale) and math.isnan(s.item()))
+        assert z.item() == zero_point
 
 
 def test_dequantized_values_are_close():

@@ -26,12 +26,13 @@ from tests.custom_ops.schemes import (
     PAIRS,
     SCHEMES,
     kernel,
+    rest_of,
 )
 
 QUANTIZING = [
     *((f"{producer}_{scheme}", producer, scheme) for producer, scheme in PAIRS),
     *((f"{producer}_and_{scheme}", producer, scheme) for producer, scheme in KEPT),
-    *((scheme, "", scheme) for scheme in (*SCHEMES, ASYMMETRIC)),
+    *((scheme, "", scheme) for scheme in (*SCHEMES, *ASYMMETRIC)),
     ("block_quant", "", "block_quant"),
     ("silu_mul_group_quant_masked", "silu_mul", "masked"),
 ]
@@ -110,11 +111,8 @@ def check(name: str, producer: str, scheme: str, which: str, x: Tensor) -> None:
     inputs, (value, *rest) = produced(producer, x, which)
     if "_and_" in name:
         rest = [value, *rest]
-    positional: tuple = {
-        "group_quant": (128,),
-        "tensor_quant_static": (torch.tensor([0.0173], device=DEVICE),),
-    }.get(scheme, ())
-    for dtype in (None,) if scheme == ASYMMETRIC else CODE_DTYPES:
+    positional = rest_of(scheme)
+    for dtype in (None,) if scheme in ASYMMETRIC else CODE_DTYPES:
         for mode in ("divide", "reciprocal_input"):
             options = {} if dtype is None else {"dtype": dtype}
             options["code_mode"] = mode

@@ -62,6 +62,17 @@ def block(group: str, given: dict[str, Tensor], max_tokens: int = 0, **how: Any)
     return run
 
 
+def test_experts_with_two_weights_stay_three_ops(alone):
+    given = experts16(16)
+    gate, up = given["gate_up"].chunk(2, 1)
+    narrow = {"gate_up": gate, "down": given["down"][..., :8].contiguous()}
+    run = block(alone, narrow, up=up, activation="silu_mul")
+    result = rewrite(run, *drawn(7), only=BOTH)
+    targets = {str(node.target) for node in result.after.graph.nodes}
+    assert "custom_ops.ep_dispatch.default" in targets
+    assert any("two weights" in miss.reason for miss in result.report.near_misses), result.report
+
+
 def drawn(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed * 1000 + count)
     x = torch.randint(-2, 3, (count, 16), generator=generator).bfloat16()
