@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,6 +80,16 @@ def fake_mode() -> Iterator[Callable[[Any], Any]]:
     """A FakeTensorMode, and a function that turns the tensors of a structure into fakes."""
     with FakeTensorMode() as mode:
         yield lambda tree: pytree.tree_map_only(Tensor, mode.from_tensor, tree)
+
+
+def assert_refused(op: Callable[..., Any], args: Any, kwargs: dict[str, Any], message: str) -> None:
+    """A ValueError that names the op, the same with fakes. message: a pattern of it."""
+    with pytest.raises(ValueError, match=message) as real:
+        op(*args, **kwargs)
+    assert str(real.value).startswith(f"{op.__name__}: ")
+    with fake_mode() as fake, pytest.raises(ValueError, match=message) as faked:
+        op(*fake(args), **fake(kwargs))
+    assert str(faked.value) == str(real.value)
 
 
 def bf16(*shape: int, device: str = "cpu") -> Tensor:
