@@ -251,11 +251,12 @@ def assert_as_good(out: Tensor, problem: Problem, truth: Tensor | None = None) -
         return
     assert bool(out.isfinite().all())
     truth = exact(problem) if truth is None else truth
-    accepted = ACCEPTED[problem.dtype, problem.weights]
+    few = out.numel() <= 1000
+    # The error of a few outputs is left to chance: of one token with 200 channels, the reference has 0.033 in FP8.
+    accepted = ACCEPTED[problem.dtype, problem.weights] * (1.5 if few else 1.0)
     ours, theirs = error(out, truth), error(expected, truth)
     assert ours <= accepted, (
         f"relative error {ours:.3g}, accepted {accepted:g} (reference {theirs:.3g})"
     )
-    # a few outputs leave the comparison with the reference to chance
-    slack = 1.2 if out.numel() > 1000 else 2.0
+    slack = 2.0 if few else 1.2
     assert ours <= slack * theirs + accepted / 20, f"{ours:.3g}, the reference has {theirs:.3g}"
