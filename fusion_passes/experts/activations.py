@@ -112,7 +112,7 @@ def _square_of(node: fx.Node) -> fx.Node | None:
 def _are_apart(gate: fx.Node, up: fx.Node) -> bool:
     """Whether neither is a part of anything, or clamped as no activation that is fused has it."""
     return strip(gate) is not strip(up) and all(
-        _part(strip(node)) is None and _clamp_of(node) is None for node in (gate, up)
+        part_of(strip(node)) is None and _clamp_of(node) is None for node in (gate, up)
     )
 
 
@@ -120,7 +120,7 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
     """What gate and up are the halves of, whether they are its even and its odd channels, and how many these are."""
     parts = []
     for node in (gate, up):
-        if _part(strip(node)) is None and (clamp := _clamp_of(node)) is not None:
+        if part_of(strip(node)) is None and (clamp := _clamp_of(node)) is not None:
             raise Unlike(
                 clamp,
                 f"{called(clamp)} clamps gate or up before they are multiplied: of the activations that are fused, "
@@ -129,7 +129,7 @@ def _halves(gate: fx.Node, up: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node,
     if strip(gate) is strip(up):
         raise Unlike(gate, f"{called(strip(gate))} is both gate and up")
     for node in (gate, up):
-        part = _part(strip(node))
+        part = part_of(strip(node))
         if part is None:
             raise Unlike(
                 node, f"{called(strip(node))}, gate or up, is not a half of the product's channels"
@@ -209,7 +209,7 @@ def _clamp_of(node: fx.Node) -> fx.Node | None:
     return node if node.target in _CLAMPS else None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Every step-th channel of a source that has so many channels, from start."""
 
     source: fx.Node
@@ -218,23 +218,24 @@ class _Part(NamedTuple):
     channels: Size
 
 
-def _part(node: fx.Node) -> _Part | None:
+def part_of(node: fx.Node) -> Part | None:
+    """What channels of what a node is, if it is such a part."""
     if (taken := element(node, {aten.split.Tensor, aten.split_with_sizes.default})) is not None:
         split, position = taken
         source, sizes = split.args[0], split.args[1]
         if not _is_last(split.args[2] if len(split.args) > 2 else 0, source):
             return None
         before = sizes[:position] if isinstance(sizes, (list, tuple)) else [sizes] * position
-        return _Part(source, sum(before), 1, shape_of(source)[-1])
+        return Part(source, sum(before), 1, shape_of(source)[-1])
     if node.target is aten.slice.Tensor:
         given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
         source, dim, start, _, step = given
         if not _is_last(dim, source):
             return None
-        return _Part(source, start or 0, step, shape_of(source)[-1])
+        return Part(source, start or 0, step, shape_of(source)[-1])
     if node.target is aten.select.int and _is_last(node.args[1], node.args[0]):
         pairs, shape = node.args[0], shape_of(node.args[0])  # [..., I, 2]
-        return _Part(pairs, node.args[2], 2, 2 * shape[-2]) if shape[-1] == 2 else None
+        return Part(pairs, node.args[2], 2, 2 * shape[-2]) if shape[-1] == 2 else None
     return None
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map, verify
-from fusion_passes.experts import combining, misses
-from fusion_passes.experts.activations import GATED, activation_of
+from fusion_passes.experts import combining, first_products, misses
+from fusion_passes.experts.activations import activation_of
 from fusion_passes.experts.products import (
     Product,
     Quantized,
@@ -42,22 +42,9 @@ from fusion_passes.experts.reading import (
 from fusion_passes.experts.routing import Index, Routing, experts_of_router
 from fusion_passes.fusion import Fusion
 from fusion_passes.index_map import Size
-from fusion_passes.operations import describe, is_tensor, module_path, read, shape_of, strides_of
+from fusion_passes.operations import module_path, read
 from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """``rows`` of the first product, before top-k weights (one of each pair, in the order of pairs) multiplied them.
-
-    wide: that was in float32, and rounded.
-    """
-
-    rows: fx.Node
-    weights: fx.Node
-    dtype: torch.dtype
-    wide: bool
 
 
 @dataclass
@@ -71,13 +58,11 @@ class Block:
     activation: dict[str, Any]
     inside: list[fx.Node]
     gate_up_bias: fx.Node | None = None
-    before: Weighted | None = None
+    before: first_products.Weighted | None = None
     hidden_states: fx.Node | None = None
     down_bias: fx.Node | None = None
     topk_weights: fx.Node | None = None
-    weights_dtype: torch.dtype | None = (
-        None  # that products with them have; None: that of the weights
-    )
+    weights_dtype: torch.dtype | None = None  # in which they are multiplied, once they are found
     quantization: Quantized | None = None
     output: fx.Node | None = None
     sizes: dict[str, Size] = field(default_factory=dict)
@@ -109,7 +94,7 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     if not products and not missed:
         missed += misses.unproductive(fusion, graph)
     by_ids: dict[fx.Node, list[Product]] = {}
-    ups = _ups(graph, products)
+    ups = first_products.ups(graph, products)
     for product in products.values():
         if product.node not in ups:
             by_ids.setdefault(product.routing.ids, []).append(product)
@@ -130,42 +115,10 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
     yield from missed
 
 
-def _ups(graph: fx.Graph, products: Mapping[fx.Node, Product]) -> set[fx.Node]:
-    """The products that other products are multiplied with, gates or what no activation takes for one."""
-    found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in GATED or node.target is aten.mul.Tensor:
-            behind = {
-                _product_behind(operand, products): None
-                for operand in node.args[:2]
-                if is_tensor(operand)
-            }
-            pair = [product for product in behind if product is not None]
-            if len(pair) == 2 and not seen.issuperset(pair):
-                found.add(pair[1])
-                seen.update(pair)
-    return found
-
-
-def _product_behind(node: fx.Node, products: Mapping[fx.Node, Product]) -> fx.Node | None:
-    """The product that a value comes of by pointwise operations alone."""
-    stack, seen = [node], set()
-    while stack:
-        node = strip(stack.pop())
-        if node in products:
-            return node
-        operation = None if node in seen else describe(node)
-        seen.add(node)
-        if operation is not None and operation.kind == "pointwise":
-            stack += filter(is_tensor, operation.operands)
-    return None
-
-
 def _hidden_states(block: Block) -> fx.Node:
     """What the rows of the first product are, each token's once for each of its experts."""
     product, sizes = block.first, block.sizes
-    rows = _unmasked(product.rows, product, block.inside)
+    rows = first_products.unmasked(product.rows, product, block.inside)
     if block.before is not None:
         rows = block.before.rows
     if product.by_token:
@@ -209,7 +162,7 @@ def _hidden_states(block: Block) -> fx.Node:
 
 def _block(second: Product, products: Mapping[fx.Node, Product]) -> Block:
     routing, inside = second.routing, [second.node]
-    rows = _unmasked(second.rows, second, inside)
+    rows = first_products.unmasked(second.rows, second, inside)
     quantized = before_quantization(rows)
     between = rows
     if quantized is not None:
@@ -219,138 +172,23 @@ def _block(second: Product, products: Mapping[fx.Node, Product]) -> Block:
     activation = activation_of(between, inside)
     up: Product | None = None
     if activation.up is None:
-        first, gate_up_bias = _first(activation.source, second, products, inside)
+        first, gate_up_bias = first_products.product_read(
+            activation.source, second, products, inside
+        )
         width = first.weight.shape[1]
         if not index_map.same_size(activation.channels or width, width):
             raise Unlike(
                 between, f"{called(between)} does not halve all channels of {first.node.name}"
             )
     else:
-        first, up = _apart(activation.source, activation.up, second, products, inside)
+        first, up = first_products.apart(activation.source, activation.up, second, products, inside)
         gate_up_bias = None
     block = Block(routing, first, up, second, activation.words, inside, gate_up_bias)
-    block.before = _weighted_before(block)
+    block.before = first_products.weighted_before(block.first, block.inside)
     _finish(block)
     block.hidden_states = _hidden_states(block)
     _quantized(block, quantized)
     return block
-
-
-def _apart(
-    gate: fx.Node,
-    up: fx.Node,
-    second: Product,
-    products: Mapping[fx.Node, Product],
-    inside: list[fx.Node],
-) -> tuple[Product, Product]:
-    """The products that gate and up are, each with a weight of its own."""
-    for node in (gate, up):
-        if _product_behind(node, products) is None:
-            raise Unlike(
-                node,
-                f"{called(strip(node))}, gate or up, is not a half of the product's channels, nor a product of its own",
-            )
-    (first, *biases), (other, bias) = (_first(n, second, products, inside) for n in (gate, up))
-    if any(found is not None for found in (*biases, bias)):
-        raise Unlike(
-            other.node,
-            f"{first.node.name} and {other.node.name}, gate and up, are products of their own with a bias: "
-            "it is fused where one weight has both",
-        )
-    values = [_unmasked(product.rows, product, inside) for product in (first, other)]
-    if values[0] is not values[1] or first.by_token != other.by_token:
-        raise Unlike(
-            other.node,
-            f"{first.node.name} and {other.node.name}, gate and up, multiply different rows",
-        )
-    weights = first.weight, other.weight
-    if any(weight.scale is not None for weight in weights):
-        raise Unlike(
-            other.node,
-            f"{first.node.name} and {other.node.name}, gate and up, are products of their own of FP8 weights: "
-            "these are fused where one weight has both",
-        )
-    kinds = [(w.transposed, shape_of(w.value), strides_of(w.value)) for w in weights]
-    if kinds[0] != kinds[1]:
-        raise Unlike(
-            other.node,
-            f"the weights of gate and up, {weights[0].value.name} and {weights[1].value.name}, differ in their sizes "
-            "or in how they lie in memory",
-        )
-    return first, other
-
-
-def _unmasked(node: fx.Node, product: Product, inside: list[fx.Node]) -> fx.Node:
-    """A value with a row as each of a product, before the rows of experts that are elsewhere were set to 0."""
-    node = strip(node)
-    while (taken := masked(node)) is not None and product.routing.is_beyond(
-        taken[1], product.sorted
-    ):
-        inside.append(node)
-        node = strip(taken[0])
-    return node
-
-
-def _first(
-    source: fx.Node, second: Product, products: Mapping[fx.Node, Product], inside: list[fx.Node]
-) -> tuple[Product, fx.Node | None]:
-    """The product that the activation reads, and the bias added to it."""
-    node = _unmasked(source, second, inside)
-    bias = None
-    if node not in products and (added := _with_bias(node, second, second.sorted)) is not None:
-        inside.append(node)
-        node, bias = _unmasked(added[0], second, inside), added[1]
-    first = products.get(node)
-    if first is None:
-        raise Unlike(node, f"the activation reads {called(node)}, where a product is expected")
-    if first.routing != second.routing or first.sorted != second.sorted:
-        raise Unlike(node, f"{node.name} and {second.node.name} go by different top-k ids")
-    inside.append(node)
-    return first, bias
-
-
-def _with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node, fx.Node] | None:
-    """(value, bias [E, out]) where a node is the value plus the bias of each row's expert."""
-    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
-        return None
-    for value, other in (node.args, node.args[::-1]):
-        taken = gathered(other) if is_tensor(value) and is_tensor(other) else None
-        if taken is not None and len(shape_of(taken[0])) == 2:
-            sizes = [numel(operand) for operand in (value, other)]
-            if not all(index_map.same_size(size, numel(node)) for size in sizes):
-                continue  # one of them is repeated
-            experts = index_map.same_size(shape_of(taken[0])[0], product.weight.shape[0])
-            if experts and product.routing.read(taken[1]) == Index("expert", by_slot):
-                return value, taken[0]
-    return None
-
-
-def _weighted_before(block: Block) -> Weighted | None:
-    """How the rows of the first product were multiplied by the top-k weights, if they were."""
-    product = block.first
-    scaled = _unmasked(product.rows, product, [])
-    inside, wide = [scaled], False
-    if scaled.target is CAST and dtype_of(strip(scaled.args[0])) is torch.float32:
-        scaled, wide = strip(scaled.args[0]), True
-        inside.append(scaled)
-    if product.by_token or scaled.target is not aten.mul.Tensor:
-        return None
-    for operand in filter(is_tensor, scaled.args):
-        node = strip(operand)
-        if not index_map.same_size(numel(node), numel(scaled)):
-            continue
-        try:
-            weights, dtype = combining.weights(scaled, node, product, product.sorted)
-        except Unlike:
-            continue
-        if wide:
-            if node.target is not CAST or dtype_of(node.args[0]) is not dtype_of(product.node):
-                continue
-            inside.append(node)
-            node = strip(node.args[0])
-        block.inside += inside
-        return Weighted(node, weights, dtype, wide)
-    return None
 
 
 # ---- after the second product: see `combining` --------------------------------------------------------------------
@@ -365,7 +203,7 @@ def _finish(block: Block) -> None:
         if not any(strip(operand) is strip(node) for operand in reader.all_input_nodes):
             raise Unlike(reader, f"{reader.name} reads only some of {node.name}, or some twice")
         taken, zeroed = gathered(reader), masked(reader)
-        added = _with_bias(reader, block.second, by_slot)
+        added = first_products.with_bias(reader, block.second, by_slot)
         if zeroed is not None and block.routing.is_beyond(zeroed[1], by_slot):
             pass
         elif block.topk_weights is None and added is not None and dtype_of(reader) is dtype:

@@ -8,6 +8,7 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.experts import routers
+from fusion_passes.experts.activations import part_of
 from fusion_passes.experts.reading import aten, called, strip
 from fusion_passes.fusion import Fusion
 from fusion_passes.operations import describe, is_tensor, module_path, readers, shape_of
@@ -49,9 +50,13 @@ def is_dense(node: fx.Node) -> bool:
         node = strip(stack.pop())
         if _of_a_weight(node) and index_map.same_size(shape_of(node)[0], experts):
             return True
-        operation = None if node in seen else describe(node)
+        if node in seen:
+            continue
         seen.add(node)
-        if operation is not None and operation.kind == "pointwise":
+        operation, part = describe(node), part_of(node)
+        if part is not None:
+            stack.append(part.source)
+        elif operation is not None and operation.kind == "pointwise":
             stack += filter(is_tensor, operation.operands)
     return False
 

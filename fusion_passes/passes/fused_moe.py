@@ -22,6 +22,8 @@ from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss
 from fusion_passes.rewriting import Rewrite
 
+aten = torch.ops.aten
+
 
 def _find(graph: fx.Graph) -> Iterable[Place | NearMiss]:
     return block.find(FUSION, graph)
@@ -80,7 +82,6 @@ def _pairs(
     return m.view(rows, (tokens * top_k, hidden_size)), ones, m.view(ids, (tokens * top_k, 1))
 
 
-aten = torch.ops.aten
 _PAIRS = "num_tokens*top_k"
 
 FUSION = Fusion(

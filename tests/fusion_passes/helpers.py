@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from fusion_passes import Fusion, registry, verify
@@ -37,6 +38,44 @@ def quantize(x: Tensor, group_size: int = 128, min_amax: float = 1e-10) -> tuple
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "divide": lambda x, scale: x / scale,
+    "by 1 / scale": lambda x, scale: x * (1.0 / scale),
+    "by reciprocal()": lambda x, scale: x * scale.reciprocal(),
+}
+Reach = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@st.composite
+def zero_points(
+    draw: st.DrawFn, reaches: Sequence[Reach]
+) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], dict[str, Any]]:
+    """A spelling of quantization to int8 with zero points, and the keywords of its op.
+
+    reaches: how the least and the largest value may be found, of which the scale and the zero point have the shape.
+    """
+    reach, bound = draw(st.sampled_from(reaches)), draw(st.sampled_from((1e-5, 2.0**-23, None)))
+    by_tensor, clamps = draw(st.booleans()), draw(st.booleans())
+    used = draw(st.sampled_from((torch.float32, torch.int8)))
+    returned = draw(st.sampled_from((torch.float32, torch.int8, torch.int32)))
+    way = draw(st.sampled_from(sorted(WAYS)))
+
+    def spelt(x: Tensor) -> tuple[Tensor, ...]:
+        x = x.float()
+        low, high = reach(x)
+        zeros = torch.zeros_like(low)
+        low = low.clamp(max=0) if clamps else torch.minimum(low, zeros)
+        high = high.clamp(min=0) if clamps else torch.maximum(high, zeros)
+        scale = (high - low) / (high.new_full((), 255.0) if by_tensor else 255.0)
+        scale = scale if bound is None else scale.clamp(min=bound)
+        zero = (-128 - torch.round(low / scale)).clamp(-128, 127).to(used)
+        codes = (torch.round(WAYS[way](x, scale)) + zero).clamp(-128, 127).to(torch.int8)
+        return codes, scale, zero.to(returned)
+
+    code_mode = "divide" if way == "divide" else "reciprocal"
+    return spelt, {"min_scale": bound or 0.0, "code_mode": code_mode}
 
 
 def everything() -> list[Fusion]:

@@ -16,6 +16,7 @@ from fusion_passes import manager, registry, settings, torch_internals
 from fusion_passes.arithmetic import MAX
 from fusion_passes.testing import fuse
 from fusion_passes.testing.equivalence import Result
+from tests.fusion_passes.helpers import zero_points
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -241,39 +242,14 @@ def test_blocks_of_another_size_are_a_near_miss() -> None:
 # ---- zero points --------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def asymmetric(draw: st.DrawFn) -> tuple[Callable[[T], tuple[T, ...]], dict[str, Any]]:
-    bound = draw(st.sampled_from((1e-5, 2.0**-23, None)))
-    by = draw(st.sampled_from(("number", "tensor")))
-    ends = draw(st.sampled_from(("clamp", "minimum")))
-    used = draw(st.sampled_from((torch.float32, torch.int8)))
-    returned = draw(st.sampled_from((torch.float32, torch.int8, torch.int32)))
-    inverse, keepdim = draw(st.booleans()), draw(st.booleans())
-
-    def quantize(x: T) -> tuple[T, ...]:
-        x = x.float()
-        low = x.amin(-1, keepdim=True) if keepdim else x.amin(-1).unsqueeze(-1)
-        high = x.amax(-1, keepdim=True) if keepdim else x.amax(-1)[..., None]
-        if ends == "clamp":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        else:
-            zeros = torch.zeros_like(low)
-            low, high = torch.min(low, zeros), torch.max(high, zeros)
-        scale = (high - low) / (high.new_full((), 255.0) if by == "tensor" else 255.0)
-        scale = scale if bound is None else scale.clamp(min=bound)
-        zero = (-128 - torch.round(low / scale)).clamp(-128, 127).to(used)
-        values = x * scale.reciprocal() if inverse else x / scale
-        codes = (values.round() + zero).clamp(-128, 127).to(INT8)
-        return codes, scale, zero.to(returned)
-
-    return quantize, {
-        "min_scale": bound or 0.0,
-        "code_mode": "reciprocal" if inverse else "divide",
-    }
+REACHES = (
+    lambda x: (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)),
+    lambda x: (x.amin(-1).unsqueeze(-1), x.amax(-1)[..., None]),
+)
 
 
 @given(
-    drawn=asymmetric(),
+    drawn=zero_points(REACHES),
     lead=st.sampled_from(((2,), (5,), (2, 3))),
     width=st.sampled_from((33, 64, 256)),
     dtype=st.sampled_from(ACTIVATIONS),

@@ -14,13 +14,20 @@ from torch import Tensor
 
 from fusion_passes import registry
 from fusion_passes.testing import Result, fuse
-from tests.fusion_passes.helpers import assert_same, everything, llama_norm, random
+from tests.fusion_passes.helpers import (
+    Reach,
+    assert_same,
+    everything,
+    llama_norm,
+    random,
+    zero_points,
+)
 
 pytestmark = pytest.mark.usefixtures("references")
 
 INT8 = torch.int8
 DTYPES = st.sampled_from((torch.bfloat16, torch.float16))
-WAYS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+WAYS: dict[str, Reach] = {
     "all dimensions": lambda x: (
         x.amin(tuple(range(x.dim())), keepdim=True),
         x.amax(tuple(range(x.dim())), keepdim=True),
@@ -42,35 +49,8 @@ def keywords(result: Result) -> dict[str, Any]:
     return dict(node.kwargs)
 
 
-@st.composite
-def dynamic(draw: st.DrawFn) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], dict[str, Any]]:
-    ends = draw(st.sampled_from(sorted(WAYS)))
-    bound = draw(st.sampled_from((1e-5, 2.0**-23, None)))
-    by_tensor, clamps, inverse = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    used = draw(st.sampled_from((torch.float32, INT8)))
-    returned = draw(st.sampled_from((torch.float32, INT8, torch.int32)))
-
-    def quantize(x: Tensor) -> tuple[Tensor, ...]:
-        x = x.float()
-        low, high = WAYS[ends](x)
-        zeros = torch.zeros_like(low)
-        low = low.clamp(max=0) if clamps else torch.minimum(low, zeros)
-        high = high.clamp(min=0) if clamps else torch.maximum(high, zeros)
-        scale = (high - low) / (high.new_full((), 255.0) if by_tensor else 255.0)
-        scale = scale if bound is None else scale.clamp(min=bound)
-        zero = (-128 - torch.round(low / scale)).clamp(-128, 127).to(used)
-        values = x * (1.0 / scale) if inverse else x / scale
-        codes = (torch.round(values) + zero).clamp(-128, 127).to(INT8)
-        return codes, scale, zero.to(returned)
-
-    return quantize, {
-        "min_scale": bound or 0.0,
-        "code_mode": "reciprocal" if inverse else "divide",
-    }
-
-
 @given(
-    drawn=dynamic(),
+    drawn=zero_points(list(WAYS.values())),
     lead=st.sampled_from(((2,), (5,), (2, 3))),
     width=st.sampled_from((33, 64, 256)),
     dtype=DTYPES,

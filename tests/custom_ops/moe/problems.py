@@ -252,9 +252,10 @@ def assert_as_good(out: Tensor, problem: Problem, truth: Tensor | None = None) -
     assert bool(out.isfinite().all())
     truth = exact(problem) if truth is None else truth
     few = out.numel() <= 1000
-    # The error of a few outputs is left to chance: of one token with 200 channels, the reference has 0.033 in FP8.
-    accepted = ACCEPTED[problem.dtype, problem.weights] * (1.5 if few else 1.0)
+    accepted = ACCEPTED[problem.dtype, problem.weights]
     ours, theirs = error(out, truth), error(expected, truth)
+    if few:  # their error is left to chance: of one token with 200 channels, the reference has 0.033 in FP8
+        accepted = max(accepted, 1.1 * theirs)
     assert ours <= accepted, (
         f"relative error {ours:.3g}, accepted {accepted:g} (reference {theirs:.3g})"
     )
