@@ -24,16 +24,19 @@ from custom_ops.library import Op
 from fusion_passes import (
     cache_key,
     near_miss,
+    other_codes,
     reporting,
     slower,
     tables,
     torch_internals,
+    unread_gates,
     unread_norms,
     verify,
     warming,
 )
 from fusion_passes import settings as settings_module
 from fusion_passes.canonical import common_subexpressions, flat_products, recognition, views
+from fusion_passes.canonical.asymmetric_quantizations import ASYMMETRIC
 from fusion_passes.compiled_pattern import compile_pattern
 from fusion_passes.fusion import Fusion
 from fusion_passes.matching import Match, candidates, find
@@ -335,12 +338,18 @@ class _Run:
         )
 
     def _explain(self, fusions: Iterable[Fusion]) -> None:
+        others = list(other_codes.find(self.graph))
         for meaning in (*recognition.SHORT_CUTS, *recognition.MEANINGS):
             kind = _kind(meaning.name)
             said = {miss.module for miss in self.report.near_misses if _kind(miss.fusion) == kind}
+            if meaning is ASYMMETRIC:  # what gives it away is in codes of uint8, too
+                said |= {miss.module for miss in others}
             whole = meaning in recognition.SHORT_CUTS
             found = near_miss.explain(meaning, self.graph, canonical=False, whole=whole)
             self.report.near_misses += [miss for miss in found if miss.module not in said]
+        self.report.near_misses += others
+        for gate in unread_gates.find(self.graph):
+            self.report.near_misses += self._unsaid(gate.fusion, [gate])
         self.report.near_misses += self._unsaid(unread_norms.FUSION, unread_norms.find(self.graph))
         for fusion in fusions:
             found = near_miss.explain(fusion, self.graph)

@@ -39,6 +39,7 @@ USUAL = 48
 _MOVES = {
     aten.cat.default, aten.constant_pad_nd.default, aten.index.Tensor, aten.permute.default, aten.slice.Tensor,
 }  # fmt: skip
+_WHOLE = {"cast", "add", "sub", "aten.clamp_min.default", "aten.clamp_max.default"}
 
 
 def explain(
@@ -122,8 +123,19 @@ def _has_codes(node: fx.Node) -> bool:
 
 
 def _is_of_floats(cast: fx.Node) -> bool:
-    source = cast.args[0]
-    return is_tensor(source) and source.meta["val"].dtype.is_floating_point
+    """Whether a cast is of floats, or of whole numbers that were, as where a zero point is added to those."""
+    stack, seen = [cast.args[0]], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or not is_tensor(node):
+            continue
+        seen.add(node)
+        if node.meta["val"].dtype.is_floating_point:
+            return True
+        operation = describe(node)
+        if operation is not None and (operation.name in _WHOLE or transparent(node) is not None):
+            stack += operation.operands
+    return False
 
 
 def _is_whole(attempt: Mismatch) -> bool:

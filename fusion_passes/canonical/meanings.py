@@ -74,8 +74,8 @@ def _rewrite_clamped_swiglu(m: Rewrite) -> tuple[Any, ...]:
 
 
 def _norm(x: T, eps: float) -> T:
-    h = x.float()
-    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    # a cast for each reader: code that has one for both of them has the same node twice
+    return x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _norm_pattern(
@@ -179,8 +179,7 @@ def _rewrite_norm(m: Rewrite) -> tuple[Any, ...]:
 
 def _silu_by_sigmoid(gate: T, up: T) -> T:
     """As torch.export decomposes it: one float32 rounding more than x / (1 + exp(-x)), before that to 16 bits."""
-    wide = gate.float()
-    return (wide * torch.sigmoid(wide)).to(gate.dtype) * up
+    return (gate.float() * torch.sigmoid(gate.float())).to(gate.dtype) * up
 
 
 _GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fusion_passes import index_map
+from fusion_passes import index_map, torch_internals
 from fusion_passes.canonical import meanings
 from fusion_passes.experts.reading import (
     CAST,
@@ -226,17 +226,39 @@ def part_of(node: fx.Node) -> Part | None:
         if not _is_last(split.args[2] if len(split.args) > 2 else 0, source):
             return None
         before = sizes[:position] if isinstance(sizes, (list, tuple)) else [sizes] * position
-        return Part(source, sum(before), 1, shape_of(source)[-1])
+        return Part(source, sum(map(_size, before)), 1, shape_of(source)[-1])
     if node.target is aten.slice.Tensor:
         given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
         source, dim, start, _, step = given
         if not _is_last(dim, source):
             return None
-        return Part(source, start or 0, step, shape_of(source)[-1])
-    if node.target is aten.select.int and _is_last(node.args[1], node.args[0]):
-        pairs, shape = node.args[0], shape_of(node.args[0])  # [..., I, 2]
-        return Part(pairs, node.args[2], 2, 2 * shape[-2]) if shape[-1] == 2 else None
+        return Part(source, _size(start or 0), step, shape_of(source)[-1])
+    if (picked := _picked(node)) is not None:
+        pairs, dim, index = picked
+        shape = shape_of(pairs)
+        rank = len(shape)
+        if rank > 1 and shape[dim] == 2 and dim == rank - 1:  # [..., I, 2]
+            return Part(pairs, index, 2, 2 * shape[-2])
+        if rank > 1 and shape[dim] == 2 and dim == rank - 2:  # [..., 2, I]
+            return Part(pairs, index * shape[-1], 1, 2 * shape[-1])
     return None
+
+
+def _picked(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """(x, dim, index) where a node is one of the two that a dimension of x has."""
+    if node.target is aten.select.int:
+        source, dim, index = node.args
+    elif (taken := element(node, {aten.unbind.int})) is not None:
+        source, dim, index = taken[0].args[0], (*taken[0].args[1:], 0)[0], taken[1]
+    else:
+        return None
+    return (source, dim % len(shape_of(source)), index % 2) if isinstance(index, int) else None
+
+
+def _size(value: Any) -> Size:
+    """A number, as such or as the node that has it where it is known only at run time."""
+    known = not isinstance(value, fx.Node)
+    return value if known else torch_internals.size_to_expr(value.meta["val"])
 
 
 def _is_last(dim: int, node: fx.Node) -> bool:

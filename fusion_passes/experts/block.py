@@ -112,7 +112,7 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
                 yield _place(fusion, graph, _block(second, products))
             except Unlike as why:
                 miss(second.node, why)
-    yield from missed
+    yield from dict.fromkeys(missed)  # each product of a block may miss for one and the same reason
 
 
 def _hidden_states(block: Block) -> fx.Node:

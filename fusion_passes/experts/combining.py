@@ -2,7 +2,7 @@
 
 sum(rows [T, K, H] * weights [T, K, 1], 1)                  weights in whichever place, rows in whichever order
 bmm(weights [T, 1, K], rows [T, K, H])                      and its transpose: einsum and matmul are that, too
-zeros[T, H] with each weighted row added to its token's     scatter_add, index_add, index_put
+zeros[T, H] with each weighted row added to its token's     scatter_add, scatter_reduce, index_add, index_put
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from fusion_passes.experts.routing import Index
 from fusion_passes.index_map import Size
 from fusion_passes.operations import is_tensor, readers, shape_of
 
-_ADDING = {aten.scatter_add.default, aten.index_add.default, aten.index_put.default}
+_REDUCING = aten.scatter_reduce.two
+_ADDING = {
+    aten.scatter_add.default, aten.index_add.default, aten.index_put.default, _REDUCING,
+}  # fmt: skip
 
 
 def is_put_back(reader: fx.Node, node: fx.Node, second: Product) -> bool:
@@ -179,7 +182,10 @@ def _added(total: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> Tot
             return None
         index, rows = total.args[1][0], total.args[2]
     else:
-        if total.args[1] != 0 or total.kwargs:
+        # whether zeros are part of the sum is all the same
+        if total.args[1] != 0 or total.kwargs.keys() - {"include_self"}:
+            return None
+        if total.target is _REDUCING and total.args[4] != "sum":
             return None
         index, rows = total.args[2], total.args[3]
     if strip(rows) is not strip(node) or len(shape_of(rows)) != 2 or len(shape_of(total)) != 2:

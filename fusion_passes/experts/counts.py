@@ -2,7 +2,7 @@
 
 cumsum(histc(ids, E, 0, E - 1 or E))        cumsum(bincount(ids, minlength=E))
 cumsum(sum(ids[:, None] == arange(E)))      one_hot and a sum are that, too
-cumsum(sum(scatter(zeros[T, E], ids, 1)))   of the ids of a token, which are all different
+cumsum(sum(scatter(zeros[T, E], ids, 1)))   of the ids of a token, which are all different; of True, too
 cumsum(zeros[E] with 1 added at each id)    scatter_add, index_add, index_put
 searchsorted(sorted ids, arange(E), right)  or from the left for 1 .. E
 """
@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx
 
 from fusion_passes import index_map
-from fusion_passes.experts.reading import CAST, aten, element, number, numel, prims, strip, uncast
-from fusion_passes.experts.routing import Index, Routing, ids_of
+from fusion_passes.experts.reading import CAST, aten, number, numel, prims, strip, uncast
+from fusion_passes.experts.routing import Index, Routing, choice_of, ids_of
 from fusion_passes.operations import is_tensor, shape_of
 
 _ADDING = {aten.scatter_add.default, aten.index_add.default, aten.index_put.default}
@@ -77,13 +77,19 @@ def _summed(total: fx.Node, num_experts: int) -> fx.Node | None:
             )
             if spread and _counts_from(experts, 0, num_experts):
                 return values
-    if same.target is aten.scatter.value and number(strip(same.args[0])) == 0:
+    if same.target is aten.scatter.value and _is_empty(same.args[0]):
         # the ids of a token differ, so that no 1 takes the place of another
-        values, topk = same.args[2], element(uncast(same.args[2]), {aten.topk.default})
-        chosen = topk is not None and topk[1] == 1
+        values = same.args[2]
+        chosen = choice_of(uncast(values)) is not None
         if same.args[1] % len(shape_of(same)) == 1 and same.args[3] == 1 and chosen:
             return values if len(shape_of(same)) == 2 else None
     return None
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether nothing is in it yet: 0, or False in a map of what goes where."""
+    node = strip(node)
+    return number(node) == 0 or (node.target is aten.full.default and node.args[1] is False)
 
 
 def _added_at(node: fx.Node, num_experts: int) -> fx.Node | None:

@@ -9,7 +9,7 @@ from torch import fx
 from fusion_passes import index_map
 from fusion_passes.experts import routers
 from fusion_passes.experts.activations import part_of
-from fusion_passes.experts.reading import aten, called, strip
+from fusion_passes.experts.reading import CAST, aten, called, strip
 from fusion_passes.fusion import Fusion
 from fusion_passes.operations import describe, is_tensor, module_path, readers, shape_of
 from fusion_passes.reporting import NearMiss
@@ -58,8 +58,15 @@ def is_dense(node: fx.Node) -> bool:
             stack.append(part.source)
         elif operation is not None and operation.kind == "pointwise":
             stack += filter(is_tensor, operation.operands)
+        elif operation is not None and operation.kind == "reduction":
+            return False  # as a softmax has them: attention over keys and values that are given
     return False
 
 
 def _of_a_weight(node: fx.Node) -> bool:
-    return node.target is aten.bmm.default and strip(node.args[1]).op == "placeholder"
+    if node.target is not aten.bmm.default:
+        return False
+    weight = strip(node.args[1])
+    while weight.target in (CAST, aten.permute.default):
+        weight = strip(weight.args[0])
+    return weight.op == "placeholder"

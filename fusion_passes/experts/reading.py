@@ -110,10 +110,13 @@ def gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     elif node.target is aten.embedding.default:
         index = node.args[1]
     elif node.target is aten.gather.default:
-        index = of_rows(node.args[2], node)
+        each = node.args[2]
+        if each.target is aten.remainder.Scalar and each.args[1] == shape_of(source)[0]:
+            each = each.args[0]  # take_along_dim, for what is below 0: no token, pair or expert is
+        index = of_rows(each, node)
         widths = shape_of(source)[-1:], shape_of(node)[-1:]
         whole = all(map(index_map.same_size, *widths)) and len(shape_of(source)) == 2
-        if node.args[1] != 0 or index is node.args[2] or not whole:
+        if node.args[1] != 0 or index is each or not whole:
             return None
     elif len(index) != 1:
         return None

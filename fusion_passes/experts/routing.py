@@ -157,6 +157,16 @@ def ids_of(node: fx.Node, num_experts: int) -> fx.Node | None:
     return node if integer else None
 
 
+def choice_of(ids: fx.Node) -> fx.Node | None:
+    """The top-k, or the op of a router, that ids are from: those of a token are all different."""
+    taken = element(ids)
+    if taken is None or taken[1] != 1:
+        return None
+    source = taken[0]
+    known = source.target is aten.topk.default or getattr(source.target, "_opname", "") in _TOPK
+    return source if known else None
+
+
 def experts_of_router(ids: fx.Node) -> int:
     """Among how many experts the router chose that these ids are of, also where those elsewhere are masked; 0: unknown.
 
@@ -168,13 +178,10 @@ def experts_of_router(ids: fx.Node) -> int:
         if node in seen:
             continue
         seen.add(node)
-        if (taken := element(node)) is not None:
-            source, position = taken
-            name = getattr(source.target, "_opname", "")
-            if position == 1 and (source.target is aten.topk.default or name in _TOPK):
-                choices = shape_of(source.args[0])[-1]
-                return choices if isinstance(choices, int) else 0
-        elif node.target in _ELEMENTWISE:
+        if (choice := choice_of(node)) is not None:
+            choices = shape_of(choice.args[0])[-1]
+            return choices if isinstance(choices, int) else 0
+        if node.target in _ELEMENTWISE:
             operands = node.args[1:] if node.target is aten.where.self else node.args[:2]
             waiting += [uncast(operand) for operand in operands if is_tensor(operand)]
     return 0

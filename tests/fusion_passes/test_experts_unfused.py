@@ -53,8 +53,9 @@ def test_loops_over_experts_are_named(dense):
     )
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("activation", [F.relu, F.silu])
-def test_capacity_is_named(activation):
+def test_capacity_is_named(activation, turned):
     """As in Switch and GShard: a product brings as many tokens to an expert as it has room for."""
 
     def switch(x, router, first, second):
@@ -65,15 +66,30 @@ def test_capacity_is_named(activation):
         here = ((place < room) & (chosen > 0)).unsqueeze(-1)
         sent = F.one_hot(place.clamp(0, room - 1), room) * here
         rows = torch.einsum("tec,th->ech", sent.to(x.dtype), x)
+        if turned:  # weights as [E, out, in]
+            first, second = first.transpose(1, 2), second.transpose(1, 2)
         out = torch.bmm(activation(torch.bmm(rows, first)), second)
         back = (sent * score[:, None, None]).to(x.dtype)
         return torch.einsum("tec,ech->th", back, out).view(tokens, -1)
 
     generator = torch.Generator().manual_seed(0)
-    shapes = ((5, 48), (48, 4), (4, 48, 32), (4, 32, 48))
+    shapes = [(5, 48), (48, 4), (4, 48, 32), (4, 32, 48)]
+    shapes[2:] = reversed(shapes[2:]) if turned else shapes[2:]
     given = [(0.2 * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes]
     result = fuse(switch, *given, only=[registry()["fused_moe"]])
     assert result.report.matches == {}
     (reason,) = misses(result, "fused_moe")
     assert "gives every expert rows of its own: none is routed" in reason
     assert "as many as an expert has room for" in reason
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_attention_to_keys_that_are_given_is_no_mixture(turned):
+    def attention(query, key, value):
+        scores = torch.bmm(query, key if turned else key.transpose(1, 2))
+        return torch.bmm(scores.float().softmax(-1).to(query.dtype), value)
+
+    query, key, value = (torch.randn(4, size, 32).bfloat16() for size in (5, 7, 7))
+    given = key.transpose(1, 2).contiguous() if turned else key
+    result = fuse(attention, query, given, value, only=[registry()["fused_moe"]])
+    assert misses(result, "fused_moe") == []

@@ -125,6 +125,14 @@ def test_tokens_that_may_be_of_another_number_stay():
 # ---- one step outside ---------------------------------------------------------------------------------------------
 
 
+# of each row's expert, but not added as it is
+BIASES = {
+    "bias taken off": torch.sub,
+    "bias added twice": lambda rows, bias: torch.add(rows, bias, alpha=2),
+    "bias times": torch.mul,
+}
+
+
 def grouped(tensors, change: str = ""):
     """The usual spelling, with one thing that is not as it should be."""
     hidden, gate_up, down, bias, _, weights, ids = tensors
@@ -141,6 +149,8 @@ def grouped(tensors, change: str = ""):
     up = torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets)
     if change == "bias by pair":
         up = up + bias[ids.reshape(-1)]
+    if change in BIASES:
+        up = BIASES[change](up, bias[ids.reshape(-1).sort().values])
     gate, value = up.chunk(2, -1)
     if change == "quarters":
         quarter = up.shape[-1] // 4
@@ -191,6 +201,9 @@ CHANGES = {
     "bins": "is not the number of pairs of each expert, added up",
     "tokens": "is not the hidden states of each pair's token",
     "bias by pair": "the activation reads add",
+    "bias taken off": "the activation reads sub",
+    "bias added twice": "the activation reads add",
+    "bias times": "the activation reads mul",
     "halves": "the gate, is not the first half of the product's channels",
     "activation": "is none of the activations that are fused: silu_mul",
     "norm between": "is none of the activations that are fused",

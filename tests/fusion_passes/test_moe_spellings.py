@@ -1,4 +1,4 @@
-"""Mixtures of experts as public code writes them: how pairs are counted, rows put in order, and results added up."""
+"""Mixtures of experts as public code writes them are found, and the same."""
 
 from __future__ import annotations
 
@@ -9,130 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor as T
 
-from fusion_passes import registry
+from fusion_passes import registry, torch_internals
+from fusion_passes.experts.activations import part_of
+from fusion_passes.operations import is_tensor
 from fusion_passes.testing import fuse
 from fusion_passes.testing.equivalence import Result
 from tests.fusion_passes.experts_code import Spelling, draw
-from tests.fusion_passes.helpers import assert_same, misses
+from tests.fusion_passes.helpers import assert_same, everything, misses
+from tests.fusion_passes.moe_code import (
+    ACCUMULATIONS,
+    EXPERTS,
+    MARKS,
+    OFFSETS,
+    assert_fused,
+    gated,
+    left_as_it_is,
+    put_back,
+    run,
+    weighted,
+)
 
 pytestmark = pytest.mark.usefixtures("references")
-
-EXPERTS = 6
-
-
-def added(ids: T) -> T:
-    return torch.zeros(EXPERTS, dtype=torch.int64).scatter_add(0, ids, torch.ones_like(ids))
-
-
-def put(ids: T) -> T:
-    return torch.zeros(EXPERTS, dtype=torch.int32).index_add(
-        0, ids, torch.ones_like(ids, dtype=torch.int32)
-    )
-
-
-def searched(ids: T) -> T:
-    return torch.searchsorted(ids.sort().values, torch.arange(EXPERTS), right=True)
-
-
-def searched_from_one(ids: T) -> T:
-    return torch.searchsorted(ids.sort().values, torch.arange(1, EXPERTS + 1))
-
-
-OFFSETS: dict[str, Callable[[T], T]] = {
-    "histc to the last expert": lambda ids: torch.histc(
-        ids.float(), EXPERTS, 0, EXPERTS - 1
-    ).cumsum(0),
-    "histc to the number of experts": lambda ids: torch.histc(
-        ids.float(), EXPERTS, 0, EXPERTS
-    ).cumsum(0),
-    "one_hot": lambda ids: F.one_hot(ids, EXPERTS).sum(0).cumsum(0),
-    "one_hot of tokens": lambda ids: F.one_hot(ids.view(-1, 2), EXPERTS).sum((0, 1)).cumsum(0),
-    "compared": lambda ids: (ids[:, None] == torch.arange(EXPERTS)).sum(0).cumsum(-1),
-    "scatter_add": lambda ids: added(ids).cumsum(0),
-    "index_add": lambda ids: put(ids).cumsum(0),
-    "searchsorted": searched,
-    "searchsorted from one": searched_from_one,
-}
-
-
-def put_back(rows: T, order: T, how: str) -> T:
-    if how == "index":
-        return rows[order.argsort()]
-    if how == "index_put":
-        return torch.empty_like(rows).index_put((order,), rows)
-    return torch.zeros_like(rows).scatter(0, order[:, None].expand_as(rows), rows)
-
-
-def weighted(rows: T, weights: T, how: str) -> T:
-    """[T, K, H] and [T, K] -> [T, H]"""
-    if how == "bmm":
-        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-    if how == "matmul":
-        return (rows.transpose(1, 2) @ weights.unsqueeze(-1)).squeeze(-1)
-    if how == "einsum":
-        return torch.einsum("tkh,tk->th", rows, weights)
-    return (rows * weights.unsqueeze(-1)).sum(1)
-
-
-def accumulated(
-    rows: T, tokens: T, num_tokens: int, how: str, dtype: torch.dtype | None = None
-) -> T:
-    total = rows.new_zeros(num_tokens, rows.shape[1], dtype=dtype)
-    rows = rows.to(total.dtype)
-    if how == "index_add":
-        return total.index_add(0, tokens, rows)
-    if how == "index_put":
-        return total.index_put((tokens,), rows, accumulate=True)
-    return total.scatter_add(0, tokens[:, None].expand_as(rows), rows)
-
-
-def gated(rows: T) -> T:
-    gate, up = rows.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def grouped(
-    hidden,
-    gate_up,
-    down,
-    weights,
-    ids,
-    offsets="compared",
-    repeat=False,
-    back="index",
-    total="sum",
-    wide=False,
-    rounding="floor",
-):
-    """One spelling. ``total``: of `weighted`, or of `accumulated`; wide: rows are added up in float32."""
-    num_tokens, top_k = ids.shape
-    flat = ids.reshape(-1)
-    order = flat.argsort(stable=True)
-    ends = OFFSETS[offsets](flat).to(torch.int32)
-    tokens = order.div(top_k, rounding_mode=rounding)
-    rows = hidden.repeat_interleave(top_k, 0)[order] if repeat else hidden[tokens]
-    between = gated(torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
-    out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
-    if total in ("index_add", "index_put", "scatter_add"):
-        out = out * weights.reshape(-1)[order].unsqueeze(-1)
-        found = accumulated(out, tokens, num_tokens, total, torch.float32 if wide else None)
-        return found.to(hidden.dtype)
-    return weighted(put_back(out, order, back).view(num_tokens, top_k, -1), weights, total)
-
-
-def run(fn=grouped, tokens: int = 5, top_k: int = 2, dtype=torch.bfloat16, **how) -> Result:
-    given = draw(
-        Spelling(rounded_weights=True), tokens=tokens, top_k=top_k, experts=EXPERTS, dtype=dtype
-    )
-    inputs = (given.hidden, given.gate_up, given.down, given.weights, given.ids)
-    return fuse(lambda *tensors: fn(*tensors, **how), *inputs, only=[registry()["fused_moe"]])
-
-
-def assert_fused(result: Result) -> None:
-    assert result.report.matches == {"fused_moe": 1}, result.report
-    left = {str(node.target) for node in result.after.graph.nodes}
-    assert not left & {"aten._grouped_mm.default", "aten.bmm.default", "aten.cumsum.default"}, left
-    assert_same(result)
 
 
 @pytest.mark.parametrize("offsets", OFFSETS)
@@ -164,10 +61,88 @@ def test_tokens_and_experts(tokens, top_k, repeat):
     assert_fused(run(tokens=tokens, top_k=top_k, repeat=repeat))
 
 
-@pytest.mark.parametrize("total", ["index_add", "index_put", "scatter_add"])
+@pytest.mark.parametrize("total", ACCUMULATIONS)
 @pytest.mark.parametrize(("top_k", "wide"), [(1, False), (2, False), (2, True), (4, True)])
 def test_rows_are_added_to_their_tokens(total, top_k, wide):
     assert_fused(run(total=total, top_k=top_k, wide=wide))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rows_are_taken_along_their_tokens(tokens):
+    assert_fused(run(along=True, tokens=tokens))
+
+
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_pairs_are_counted_by_marks_of_what_a_router_chose(marks, scoring):
+    """As DeepSeek's own code and Megatron's maps: the ids of a token differ, so each is a mark of its own."""
+
+    def block(hidden, gate_up, down, _weights, _ids):
+        scores = hidden[:, :EXPERTS].float()
+        scores = scores.softmax(-1) if scoring == "softmax" else scores.sigmoid()
+        weights, ids = scores.topk(2)
+        ends = MARKS[marks](ids).sum(0).cumsum(0).to(torch.int32)
+        order = ids.reshape(-1).argsort(stable=True)
+        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
+        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        back = out[order.argsort()].view(*ids.shape, -1)
+        return weighted(back, weights.to(out.dtype), "sum")
+
+    given = draw(Spelling(rounded_weights=True), experts=EXPERTS)
+    inputs = (given.hidden, given.gate_up, given.down, given.weights, given.ids)
+    result = fuse(block, *inputs, only=everything())  # routers first: what counts the ids is theirs
+    assert result.report.matches == {f"topk_{scoring}": 1, "fused_moe": 1}, result.report
+    assert_same(result)
+
+
+CUTS: dict[str, Callable[[T], tuple[T, ...]]] = {
+    "chunk": lambda rows: rows.chunk(2, -1),
+    "rows of a view": lambda rows: rows.unflatten(-1, (2, -1)).unbind(-2),
+    "one row of it each": lambda rows: tuple(rows.view(len(rows), 2, -1)[:, i] for i in (0, -1)),
+    "columns of a view": lambda rows: rows.unflatten(-1, (-1, 2)).unbind(-1),
+    "one column of it each": lambda rows: tuple(
+        rows.view(len(rows), -1, 2)[..., i] for i in (0, 1)
+    ),
+}
+
+
+def of_a_cut(cut: Callable[[T], tuple[T, ...]]) -> Result:
+    def block(hidden, gate_up, down, weights, ids):
+        order = ids.reshape(-1).argsort(stable=True)
+        ends = OFFSETS["compared"](ids.reshape(-1)).to(torch.int32)
+        gate, up = cut(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
+        out = torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        return weighted(out[order.argsort()].view(*ids.shape, -1), weights, "sum")
+
+    given = draw(Spelling(rounded_weights=True), experts=EXPERTS)
+    inputs = (given.hidden, given.gate_up, given.down, given.weights, given.ids)
+    return fuse(block, *inputs, only=[registry()["fused_moe"]])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_gate_and_up_are_cut(cut):
+    result = of_a_cut(CUTS[cut])
+    assert_fused(result)
+    (fused,) = [n for n in result.after.graph.nodes if "fused_moe" in str(n.target)]
+    assert fused.kwargs.get("interleaved", False) == ("column" in cut)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_other_way_around_is_named(cut):
+    left_as_it_is(of_a_cut(lambda rows: CUTS[cut](rows)[::-1]), "is not the first half")
+
+
+@pytest.mark.parametrize("cut", ["chunk", "tensor_split"])
+def test_a_part_of_a_width_that_is_known_only_at_run_time(cut):
+    """As where weights are inputs: the sizes that a split is given, and a slice, are nodes then."""
+    x = torch.randn(5, 64)
+    (graph,) = torch_internals.capture(lambda x: getattr(x, cut)(2, -1)[1] + 1, x, dynamic=True)
+    found = [node for node in graph.graph.nodes if is_tensor(node) and part_of(node) is not None]
+    node = found[-1]
+    part = part_of(node)
+    assert part is not None
+    (width,) = part.start.free_symbols
+    assert part.start.subs(width, 64) == 32
 
 
 @pytest.mark.parametrize("total", ["sum", "index_add"])
@@ -189,7 +164,7 @@ def test_tokens_keep_their_two_dimensions(tokens, top_k):
     assert_fused(run(batches, tokens=tokens, top_k=top_k))
 
 
-@pytest.mark.parametrize("total", ["index_add", "index_put", "scatter_add"])
+@pytest.mark.parametrize("total", ACCUMULATIONS)
 def test_more_rows_than_two_are_rounded_one_after_the_other(total):
     """What a sum over the experts is not."""
     result = run(total=total, top_k=3)
@@ -240,113 +215,6 @@ def test_float16():
     assert_fused(run(all_of_a_token, dtype=torch.float16))
 
 
-# ---- one step outside ---------------------------------------------------------------------------------------------
-
-
-def left_as_it_is(result: Result, *words: str) -> None:
-    assert result.report.matches == {}, result.report
-    reasons = misses(result, "fused_moe")
-    assert any(all(word in reason for word in words) for reason in reasons), reasons
-    for expected, actual in zip(result.expected, result.actual, strict=True):
-        assert torch.equal(expected, actual)
-
-
-WRONG: dict[str, Callable[[T], T]] = {
-    "bins of more experts": lambda ids: torch.histc(ids.float(), EXPERTS, 0, EXPERTS + 1).cumsum(0),
-    "bins from one": lambda ids: torch.histc(ids.float(), EXPERTS, 1, EXPERTS).cumsum(0),
-    "from the left": lambda ids: torch.searchsorted(ids.sort().values, torch.arange(EXPERTS)),
-    "one expert further": lambda ids: torch.searchsorted(
-        ids.sort().values, torch.arange(1, EXPERTS + 1), right=True
-    ),
-    "counted twice": lambda ids: (2 * added(ids)).cumsum(0).clamp(max=ids.shape[0]),
-    "twos": lambda ids: (
-        torch.zeros(EXPERTS, dtype=torch.int64)
-        .scatter_add(0, ids, torch.full_like(ids, 2))
-        .cumsum(0)
-        .clamp(max=ids.shape[0])
-    ),
-    "one more": lambda ids: (
-        torch.ones(EXPERTS, dtype=torch.int64)
-        .scatter_add(0, ids, torch.ones_like(ids))
-        .cumsum(0)
-        .clamp(max=ids.shape[0])
-    ),
-    "other experts": lambda ids: (ids[:, None] == torch.arange(1, EXPERTS + 1)).sum(0).cumsum(0),
-    "of each token": lambda ids: (ids.view(-1, 2, 1) == torch.arange(EXPERTS)).sum(1).cumsum(0)[-1],
-}
-
-
-@pytest.mark.parametrize("offsets", WRONG)
-def test_other_offsets_stay(offsets, monkeypatch):
-    """Rows beyond the last offset hold anything, so that their values are not compared."""
-    monkeypatch.setitem(OFFSETS, offsets, WRONG[offsets])
-    result = run(offsets=offsets)
-    assert result.report.matches == {}, result.report
-    assert "is not the number of pairs of each expert" in misses(result, "fused_moe")[0]
-
-
-def test_counts_from_before_a_graph_break_are_named():
-    def counted(hidden, gate_up, down, weights, ids, counts):
-        ends = counts.cumsum(0, dtype=torch.int32)
-        order = ids.reshape(-1).argsort(stable=True)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
-        return weighted(out[order.argsort()].view(*ids.shape, -1), weights, "sum")
-
-    given = draw(Spelling(rounded_weights=True), experts=EXPERTS)
-    inputs = (given.hidden, given.gate_up, given.down, given.weights, given.ids)
-    counts = torch.bincount(given.ids.reshape(-1), minlength=EXPERTS)
-    result = fuse(counted, *inputs, counts, only=[registry()["fused_moe"]])
-    left_as_it_is(result, "computed outside of this graph", "torch.bincount")
-
-
-def by_matrix(rows: T, weight: T, ids: T) -> T:
-    return torch.bmm(weight[ids], rows.unsqueeze(-1)).squeeze(-1)
-
-
-def test_a_router_by_the_largest_score_is_named():
-    """As in Switch: the experts are fused, and the report says why the router is not."""
-
-    def switch(hidden, gate_up, down):
-        weights, ids = hidden[:, :EXPERTS].float().softmax(-1).max(-1)
-        out = by_matrix(gated(by_matrix(hidden, gate_up, ids)), down, ids)
-        return out * weights.unsqueeze(-1).to(hidden.dtype)
-
-    given = draw(Spelling(), experts=EXPERTS)
-    fusions = [registry()[name] for name in ("topk_softmax", "fused_moe")]
-    result = fuse(switch, given.hidden, given.gate_up, given.down, only=fusions)
-    assert result.report.matches == {"fused_moe": 1}, result.report
-    assert "the top-k ids are made by max" in misses(result, "topk_softmax")[0]
-    assert_same(result)
-
-
-def test_an_activation_that_is_rounded_once_is_named():
-    def wide(hidden, gate_up, down, weights, ids):
-        gate, up = by_matrix(hidden, gate_up, ids[:, 0]).chunk(2, -1)
-        between = (F.silu(gate.float()) * up.float()).to(hidden.dtype)
-        return by_matrix(between, down, ids[:, 0]) * weights
-
-    left_as_it_is(run(wide, top_k=1), "in torch.float32 and rounded to torch.bfloat16 once")
-
-
-def test_activations_that_are_cut_to_odd_sizes_are_named():
-    def cut(hidden, gate_up, down, weights, ids):
-        between = F.pad(gated(by_matrix(hidden, gate_up, ids[:, 0])), (0, 96)).float() * 0.1
-        return by_matrix(between.to(hidden.dtype)[:, :32], down, ids[:, 0]) * weights
-
-    left_as_it_is(run(cut, top_k=1), "leaves 32 of 128 channels", "no multiples of 128")
-
-
-def test_one_product_alone_is_named():
-    """The second adds up the experts of a token, too, so that no pair has a row of its own."""
-
-    def folded(hidden, gate_up, down, weights, ids):
-        between = gated(torch.einsum("ti,tkoi->tko", hidden, gate_up[ids]))
-        return torch.einsum("tko,tkio->ti", between * weights.unsqueeze(-1), down[ids])
-
-    left_as_it_is(run(folded), "not in pairs", "a row of its own")
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_weights_before_the_experts(top_k):
     """One weight has gate and up; where these are two, see `test_experts_apart`."""
@@ -363,40 +231,3 @@ def test_weights_before_the_experts(top_k):
         return out[order.argsort()].view(*ids.shape, -1).sum(1)
 
     assert_fused(run(before, top_k=top_k))
-
-
-def test_a_total_that_is_not_empty_before():
-    def onto(hidden, gate_up, down, weights, ids):
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        ends = OFFSETS["compared"](flat).to(torch.int32)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
-        return hidden.index_add(0, order // 2, out * weights.reshape(-1)[order].unsqueeze(-1))
-
-    left_as_it_is(run(onto), "adds the experts' results to the input", "which is not 0")
-
-
-def test_rows_added_to_other_tokens():
-    def wrong(hidden, gate_up, down, weights, ids):
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        ends = OFFSETS["compared"](flat).to(torch.int32)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
-        out = out * weights.reshape(-1)[order].unsqueeze(-1)
-        return accumulated(out, torch.arange(10) // 2, 5, "index_add")
-
-    left_as_it_is(run(wrong), "does not add each row to that of its token")
-
-
-def test_experts_that_all_tokens_go_through_are_named():
-    """Weights of 0 for those that were not chosen: nothing is routed."""
-
-    def everywhere(hidden, gate_up, down, _weights, _ids):
-        weights, ids = hidden[:, :EXPERTS].float().softmax(-1).topk(2)
-        dense = torch.zeros(hidden.shape[0], EXPERTS).scatter(1, ids, weights).to(hidden.dtype)
-        between = gated(torch.einsum("th,eoh->teo", hidden, gate_up))
-        return torch.einsum("teo,eho,te->th", between, down, dense)
-
-    left_as_it_is(run(everywhere), "no product goes by the experts that topk", "read by scatter")
