@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -207,6 +208,22 @@ def _clamp_of(node: fx.Node) -> fx.Node | None:
     while node.target is CAST:
         node = strip(node.args[0])
     return node if node.target in _CLAMPS else None
+
+
+def behind(node: fx.Node) -> Iterator[fx.Node]:
+    """A value and those that it comes of by pointwise operations and as a part, down to what is neither."""
+    stack, seen = [node], set()
+    while stack:
+        node = strip(stack.pop())
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        operation, part = describe(node), part_of(node)
+        if part is not None:
+            stack.append(part.source)
+        elif operation is not None and operation.kind == "pointwise":
+            stack += filter(is_tensor, operation.operands)
 
 
 class Part(NamedTuple):

@@ -10,7 +10,7 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.experts import combining
-from fusion_passes.experts.activations import GATED
+from fusion_passes.experts.activations import GATED, behind
 from fusion_passes.experts.products import Product
 from fusion_passes.experts.reading import (
     CAST,
@@ -24,7 +24,7 @@ from fusion_passes.experts.reading import (
     strip,
 )
 from fusion_passes.experts.routing import Index
-from fusion_passes.operations import describe, is_tensor, shape_of, strides_of
+from fusion_passes.operations import is_tensor, shape_of, strides_of
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,8 @@ def ups(graph: fx.Graph, products: Mapping[fx.Node, Product]) -> set[fx.Node]:
 
 
 def product_behind(node: fx.Node, products: Mapping[fx.Node, Product]) -> fx.Node | None:
-    """The product that a value comes of by pointwise operations alone."""
-    stack, seen = [node], set()
-    while stack:
-        node = strip(stack.pop())
-        if node in products:
-            return node
-        operation = None if node in seen else describe(node)
-        seen.add(node)
-        if operation is not None and operation.kind == "pointwise":
-            stack += filter(is_tensor, operation.operands)
-    return None
+    """The product that a value, or what it is a part of, comes of by pointwise operations alone."""
+    return next((value for value in behind(node) if value in products), None)
 
 
 def apart(

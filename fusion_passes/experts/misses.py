@@ -8,10 +8,10 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.experts import routers
-from fusion_passes.experts.activations import part_of
+from fusion_passes.experts.activations import behind
 from fusion_passes.experts.reading import CAST, aten, called, strip
 from fusion_passes.fusion import Fusion
-from fusion_passes.operations import describe, is_tensor, module_path, readers, shape_of
+from fusion_passes.operations import describe, module_path, readers, shape_of
 from fusion_passes.reporting import NearMiss
 
 _COMPARES = {getattr(aten, name).Scalar for name in ("eq", "ne", "ge", "gt", "le", "lt")} | {
@@ -45,21 +45,13 @@ def is_dense(node: fx.Node) -> bool:
     """Whether a node is the second product of experts that all have the same number of rows."""
     if not _of_a_weight(node):
         return False
-    experts, stack, seen = shape_of(node)[0], [node.args[0]], set()
-    while stack:
-        node = strip(stack.pop())
-        if _of_a_weight(node) and index_map.same_size(shape_of(node)[0], experts):
-            return True
-        if node in seen:
-            continue
-        seen.add(node)
-        operation, part = describe(node), part_of(node)
-        if part is not None:
-            stack.append(part.source)
-        elif operation is not None and operation.kind == "pointwise":
-            stack += filter(is_tensor, operation.operands)
-        elif operation is not None and operation.kind == "reduction":
+    experts = shape_of(node)[0]
+    for value in behind(node.args[0]):
+        operation = describe(value)
+        if operation is not None and operation.kind == "reduction":
             return False  # as a softmax has them: attention over keys and values that are given
+        if _of_a_weight(value) and index_map.same_size(shape_of(value)[0], experts):
+            return True
     return False
 
 

@@ -227,6 +227,20 @@ def test_rows_that_are_masked_by_something_else(form):
     assert_same(result)
 
 
+def test_rows_that_are_weighted_in_float64():
+    """float32 rounds such a product otherwise before it is rounded to 16 bits."""
+
+    class Double(Block):
+        def weighted(self, rows, weights):
+            return (rows.double() * weights.double().reshape(-1, 1)).to(rows.dtype)
+
+    form = Form(before="wide")
+    result = run(form, Double(form))
+    assert "fused_moe" not in result.report.matches
+    assert misses(result, "fused_moe")
+    assert_same(result)
+
+
 def test_weights_before_and_after_are_named():
     def both(x, w1, w2, w3, weights, ids):
         flat = ids.reshape(-1)

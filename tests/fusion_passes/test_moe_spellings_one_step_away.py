@@ -125,13 +125,18 @@ def test_one_product_alone_is_named():
     left_as_it_is(run(folded), "not in pairs", "a row of its own")
 
 
+def of_rows(hidden: T, gate_up: T, down: T, ids: T, counts: T | None = None) -> tuple[T, T]:
+    """The results of pairs sorted by expert, and the order that they are in. counts: where each expert ends."""
+    flat = ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = (OFFSETS["compared"](flat) if counts is None else counts).to(torch.int32)
+    between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
+    return torch._grouped_mm(between, down.transpose(1, 2), offs=ends), order
+
+
 def test_a_total_that_is_not_empty_before():
     def onto(hidden, gate_up, down, weights, ids):
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        ends = OFFSETS["compared"](flat).to(torch.int32)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        out, order = of_rows(hidden, gate_up, down, ids)
         return hidden.index_add(0, order // 2, out * weights.reshape(-1)[order].unsqueeze(-1))
 
     left_as_it_is(run(onto), "adds the experts' results to the input", "which is not 0")
@@ -139,11 +144,7 @@ def test_a_total_that_is_not_empty_before():
 
 def test_rows_added_to_other_tokens():
     def wrong(hidden, gate_up, down, weights, ids):
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        ends = OFFSETS["compared"](flat).to(torch.int32)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        out, order = of_rows(hidden, gate_up, down, ids)
         out = out * weights.reshape(-1)[order].unsqueeze(-1)
         return accumulated(out, torch.arange(10) // 2, 5, "index_add")
 
@@ -153,11 +154,7 @@ def test_rows_added_to_other_tokens():
 @pytest.mark.parametrize("how", ["amax", "mean"])
 def test_another_reduction_than_a_sum(how):
     def reduced(hidden, gate_up, down, weights, ids):
-        order = ids.reshape(-1).argsort(stable=True)
-        ends = OFFSETS["compared"](ids.reshape(-1)).to(torch.int32)
-        rows = hidden[order // 2]
-        between = gated(torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        out, order = of_rows(hidden, gate_up, down, ids)
         out = (out * weights.reshape(-1)[order].unsqueeze(-1)).float()
         spread = (order // 2)[:, None].expand_as(out)
         return out.new_zeros(hidden.shape).scatter_reduce(0, spread, out, how).to(hidden.dtype)
@@ -171,10 +168,8 @@ def test_marks_of_ids_that_may_be_alike_are_no_counts():
     """Two of one token would leave one mark."""
 
     def block(hidden, gate_up, down, weights, ids):
-        ends = MARKS["numbers"](ids).sum(0).cumsum(0).to(torch.int32)
-        order = ids.reshape(-1).argsort(stable=True)
-        between = gated(torch._grouped_mm(hidden[order // 2], gate_up.transpose(1, 2), offs=ends))
-        out = torch._grouped_mm(between, down.transpose(1, 2), offs=ends)
+        counts = MARKS["numbers"](ids).sum(0).cumsum(0)
+        out, order = of_rows(hidden, gate_up, down, ids, counts)
         return weighted(out[order.argsort()].view(*ids.shape, -1), weights, "sum")
 
     left_as_it_is(run(block), "is not the number of pairs of each expert")

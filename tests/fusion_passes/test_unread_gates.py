@@ -58,6 +58,7 @@ def test_a_sigmoid_in_float32_is_found(casts):
 
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a gate of something else": lambda x, y: x * y.sigmoid(),
+    "a gate of something else, times more": lambda x, y: x * y.sigmoid() * (x + 1),
     "a swish alone": lambda x, y: x * x.sigmoid() + y,
     "a swish times a weight": lambda x, y: x * x.sigmoid() * y[0],
     "a GELU alone": lambda x, y: F.gelu(x) + y,
