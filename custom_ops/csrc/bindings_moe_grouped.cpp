@@ -1,6 +1,6 @@
 // The grouped products of experts on Hopper as ops of namespace custom_ops_cuda: what custom_ops/moe/experts_hopper.py
 // calls where it has seen that they take a problem. They check again what a wrong address would come of.
-#include "moe_arguments.h"
+#include "moe_grouped_arguments.h"
 
 namespace {
 
@@ -9,27 +9,6 @@ using namespace custom_ops;
 constexpr char kGateUp[] = "moe_grouped_gate_up";
 constexpr char kDown[] = "moe_grouped_down";
 constexpr int64_t kGroup = 128;
-
-void check(const char* op, bool good, const char* what) {
-  if (!good) fail(op, what);
-}
-
-bool on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-const int32_t* index_of(const char* op, const char* name, const Tensor& t, int64_t size, int32_t device) {
-  check_cuda(op, name, t, device);
-  if (t.dim() != 1 || t.dtype() != aoti_torch_dtype_int32() || t.sizes()[0] != size ||
-      (size > 1 && t.strides()[0] != 1)) {
-    fail(op, name, " must be contiguous int32 of ", size, " elements");
-  }
-  return static_cast<const int32_t*>(t.data());
-}
-
-bool in_one_piece(const Tensor& weight) {
-  const int64_t rows = weight.sizes()[1], channels = weight.sizes()[2];
-  const int64_t* const w = weight.strides();
-  return w[2] == 1 && w[1] == channels && (weight.sizes()[0] == 1 || w[0] == rows * channels);
-}
 
 // What both products take: x, the weight, of the first one what gate is multiplied with, and the index.
 struct Operands {
@@ -86,12 +65,6 @@ void check_out(const char* op, const Tensor& out, int64_t rows, int64_t width, i
         "out does not have the dtype and the sizes of the product");
   check(op, rows == 0 || (out.strides()[1] == 1 && (rows == 1 || out.strides()[0] == width) && on_16_bytes(out.data())),
         "out must be contiguous and begin on 16 bytes");
-}
-
-int multiprocessors(int32_t device) {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 // (x, weight, up, sorted_ids, block_experts, num_padded, out, top_k)

@@ -142,4 +142,43 @@ struct GroupedArgs {
 cudaError_t moe_grouped_gate_up(const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
 cudaError_t moe_grouped_down(const GroupedArgs& args, int multiprocessors, cudaStream_t stream);
 
+constexpr int kFp8GroupedRows = 128;  // of the blocks of the index, and of the groups and blocks of scales
+
+// Codes in FP8 with float32 scales, of x for each row and 128 channels, of the weight for each block of 128 x 128; the
+// results of the second product are in bfloat16. Rows as in GroupedArgs. Distances are elements, and what they lead to
+// is counted in 32 bits.
+struct Fp8GroupedArgs {
+  const void* x;
+  int64_t x_pitch;
+  const float* x_scale;
+  int64_t x_scale_row;
+  int64_t x_scale_block;
+  const void* weight;  // [experts, weight_rows, channels], contiguous
+  const float* weight_scale;
+  int64_t weight_scale_expert;
+  int64_t weight_scale_row;
+  int64_t weight_scale_block;
+  const int32_t* sorted_ids;
+  const int32_t* block_experts;
+  const int32_t* num_padded;
+  int32_t* counter;  // 0: of the tiles that were taken
+  void* out;         // [padded_rows, width] codes of the first, [pairs, width] of the second, contiguous
+  float* out_scale;  // [padded_rows, width / 128] of the first, contiguous
+  int64_t padded_rows;
+  int pairs;
+  int top_k;
+  int experts;
+  int weight_rows;
+  int steps;         // of 128 channels
+  int column_tiles;  // of 128 gates and as many ups, or of 256 columns
+  int columns;       // from a tile to the next
+  int second;        // from the first columns of a tile to its others
+  int width;
+  int band;          // blocks that run together through all columns
+  float min_amax;
+};
+
+cudaError_t moe_fp8_gate_up(const Fp8GroupedArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t moe_fp8_down(const Fp8GroupedArgs& args, int multiprocessors, cudaStream_t stream);
+
 }  // namespace custom_ops

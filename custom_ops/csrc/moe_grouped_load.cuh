@@ -20,16 +20,6 @@ __device__ __forceinline__ int token_of(const GroupedArgs& p, int row) {
   return pair < p.pairs ? pair / p.top_k : 0;
 }
 
-// 16 bytes.
-__device__ __forceinline__ void copy(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// An arrival of this thread, which the barrier expects, when what it copies is there.
-__device__ __forceinline__ void arrive_with_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 constexpr int kRowsAtOnce = 128 * 16 / kRowBytes;  // of a copy by each thread
 constexpr int kRowsOfThread = kTokens / kRowsAtOnce;
 
@@ -94,7 +84,7 @@ __device__ __forceinline__ void load_gathered(const GroupedArgs& p, uint8_t* sta
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         if (first + i * kRowsAtOnce < at.rows) {
-          copy(stage + kWeightBytes + to + i * kRowsAtOnce * kRowBytes, x + from[i]);
+          copy_16(shared_address(stage + kWeightBytes + to + i * kRowsAtOnce * kRowBytes), x + from[i]);
           from[i] += kRowBytes / 16;
         }
       }

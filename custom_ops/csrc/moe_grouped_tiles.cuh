@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper_columns.cuh"
+#include "hopper_stages.cuh"
 #include "moe.h"
 
 namespace custom_ops::grouped {
@@ -39,14 +40,7 @@ struct Shared {
 constexpr int kSharedBytes = kStages * kStageBytes + static_cast<int>(sizeof(Shared));
 static_assert(kSharedBytes <= 227 * 1024, "what a block of Hopper can have");
 
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
+using Ring = RingOf<kStages>;
 
 #ifdef CUSTOM_OPS_HOPPER
 

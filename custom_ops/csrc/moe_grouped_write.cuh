@@ -9,16 +9,6 @@ namespace custom_ops::grouped {
 
 #ifdef CUSTOM_OPS_HOPPER
 
-// Two numbers in bfloat16, the first one low. A conversion of one alone takes four times as long as that of two.
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
 // g / (1 + exp(-g)), a few units of float32 off: what comes of it is rounded to bfloat16.
 __device__ __forceinline__ float silu(float g) {
   float power, reciprocal;

@@ -24,6 +24,7 @@ from custom_ops.moe import (
     experts_flashinfer,
     experts_grouped_mm,
     experts_hopper,
+    experts_hopper_fp8,
     experts_triton,
     parts,
 )
@@ -38,6 +39,7 @@ EXPERTS: tuple[Experts, ...] = (
     *experts_grouped_mm.EXPERTS,
     *experts_flashinfer.EXPERTS,
     *experts_hopper.EXPERTS,
+    *experts_hopper_fp8.EXPERTS,
 )
 FAMILIES = tuple(dict.fromkeys(experts.family for experts in EXPERTS))
 TABLE = "fused_moe"

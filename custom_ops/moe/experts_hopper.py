@@ -1,8 +1,8 @@
 """Experts in CUDA C++ for Hopper, `csrc/moe_grouped.cuh`, in bfloat16.
 
 For many tokens. The kernels read rows of tokens by their index, in blocks of 8 pairs, and share a weight between up to
-320 tokens of an expert; the first one applies SiLU-mul. FP8 weights with scales of blocks had kernels of the same kind,
-which lost to those in Triton: docs/moe.md has why.
+320 tokens of an expert; the first one applies SiLU-mul. FP8 weights with scales of blocks have kernels of another kind:
+`experts_hopper_fp8`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def _run(problem: Problem, prepared: Prepared) -> Tensor:
     from custom_ops.jit import tracing
 
     aligned, sizes = prepared.metadata.aligned, problem.sizes
-    x = _by_rows(prepared.x)
+    x = reads_by_tma(prepared.x)
     index = (aligned.sorted_ids, aligned.block_experts, aligned.num_padded)
     act = x.new_empty(aligned.sorted_ids.shape[0], sizes.intermediate_size)
     out = x.new_empty(sizes.pairs, sizes.hidden_size)
     if tracing.current() is not None:  # they are built with the library
         return out
-    gate_up, down = _op("moe_grouped_gate_up"), _op("moe_grouped_down")
+    gate_up, down = op("moe_grouped_gate_up"), op("moe_grouped_down")
     with on_device(x):
         gate_up(x, problem.gate_up, problem.up, *index, act, sizes.top_k)
         down(act, problem.down, *index, out)
     return out
 
 
-def _by_rows(x: Tensor) -> Tensor:
+def reads_by_tma(x: Tensor) -> Tensor:
     """x, or a copy whose rows TMA can read."""
     itemsize = x.element_size()
     begins = (x.stride(0) * itemsize, x.storage_offset() * itemsize)
@@ -60,7 +60,8 @@ def _by_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _op(name: str) -> Any:
+def op(name: str) -> Any:
+    """An op of the library, which this builds if need be."""
     from custom_ops import library
 
     library.load_cuda()

@@ -1,0 +1,145 @@
+"""Experts in CUDA C++ for Hopper, `csrc/moe_fp8.cuh`, in FP8 with scales of 128 x 128 blocks.
+
+For where an expert has few blocks of pairs: a block that is at most half full is shared by all warps that multiply,
+which the kernels of `gluon_experts` cannot do. The results are those of `triton_experts` to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from custom_ops.gemm.reference import BLOCK
+from custom_ops.moe.experts_hopper import FAMILY, op, reads_by_tma, unavailable
+from custom_ops.moe.parts import Experts, Prepared
+from custom_ops.moe.problem import FP8, Problem, Sizes
+from custom_ops.moe.tiles import Aligned
+from custom_ops.platform import on_device
+from custom_ops.scales import known
+
+ROWS = 128  # of a block of the index
+LEAST_AMAX = 2.0**-60  # which makes no scale subnormal
+MOST_AMAX = 2.0**60
+BAND = 8  # blocks of pairs that run together through all columns
+
+
+def gate_up(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    aligned: Aligned,
+    counter: Tensor,
+    *,
+    top_k: int,
+    min_amax: float,
+    band: int = BAND,
+) -> tuple[Tensor, Tensor]:
+    """SiLU-mul of the first product, quantized: codes [P, I] and scales [P, I / 128], by row of the index.
+
+    x: float8_e4m3fn [T, H] with rows that begin on 16 bytes; x_scale: float32 [T, H / 128] in any strides. weight:
+    float8_e4m3fn [E, 2 * I, H], contiguous, gates first; weight_scale: float32 [E, 2 * I / 128, H / 128]. counter:
+    int32 [1], zero, of the tiles that were taken. band: blocks of pairs that run together through all columns.
+    """
+    padded, width = aligned.sorted_ids.shape[0], weight.shape[1] // 2
+    act = x.new_empty((padded, width), dtype=FP8)
+    act_scale = x.new_empty((padded, width // BLOCK), dtype=torch.float32)
+    op("moe_fp8_gate_up")(
+        x, x_scale, weight, weight_scale, *aligned[:3], counter, act, act_scale, top_k, min_amax, band
+    )  # fmt: skip
+    return act, act_scale
+
+
+def down(
+    act: Tensor,
+    act_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    aligned: Aligned,
+    counter: Tensor,
+    num_pairs: int,
+    *,
+    band: int = BAND,
+) -> Tensor:
+    """The second product, bfloat16 [num_pairs, H], of what `gate_up` returned; weight: [E, H, I]. See there."""
+    out = act.new_empty((num_pairs, weight.shape[1]), dtype=torch.bfloat16)
+    op("moe_fp8_down")(act, act_scale, weight, weight_scale, *aligned[:3], counter, out, band)
+    return out
+
+
+def _run(problem: Problem, prepared: Prepared) -> Tensor:
+    from custom_ops.jit import tracing
+
+    assert prepared.scale is not None
+    assert problem.gate_up_scale is not None
+    assert problem.down_scale is not None
+    aligned, sizes = prepared.metadata.aligned, problem.sizes
+    if tracing.current() is not None:  # they are built with the library
+        return prepared.x.new_empty((sizes.pairs, sizes.hidden_size), dtype=problem.dtype)
+    with on_device(prepared.x):
+        taken = aligned.num_padded.new_zeros(2)
+        act, act_scale = gate_up(
+            reads_by_tma(prepared.x),
+            prepared.scale,
+            problem.gate_up,
+            problem.gate_up_scale,
+            aligned,
+            taken[:1],
+            top_k=sizes.top_k,
+            min_amax=problem.min_amax,
+        )
+        return down(
+            act, act_scale, problem.down, problem.down_scale, aligned, taken[1:], sizes.pairs
+        )
+
+
+def _unsupported(problem: Problem) -> str | None:
+    sizes, activation = problem.sizes, problem.activation
+    if problem.dtype != torch.bfloat16:
+        return f"writes torch.bfloat16, the result is {problem.dtype}"
+    if not sizes.num_experts:
+        return "there is no expert here"
+    if activation.name != "silu_mul" or activation.interleaved:
+        return f"applies silu_mul of halves, the activation is {activation}"
+    if problem.gate_up_bias is not None or problem.down_bias is not None:
+        return "adds no bias"
+    if (problem.scale_mode, problem.code_mode) != ("divide", "divide"):
+        return f"quantizes by division, not by {problem.scale_mode} and {problem.code_mode}"
+    if not LEAST_AMAX <= problem.min_amax <= MOST_AMAX:
+        return f"needs min_amax of 2^-60 to 2^60, it is {problem.min_amax:g}"
+    for name, size in (
+        ("hidden_size", sizes.hidden_size),
+        ("intermediate_size", sizes.intermediate_size),
+    ):
+        if not known(size % BLOCK == 0):
+            return f"needs {name} a multiple of {BLOCK}, it is {size}"
+    for name, weight in (("gate_up", problem.gate_up), ("down", problem.down)):
+        if not weight.is_contiguous():
+            return f"reads contiguous weights, the strides of {name} are {weight.stride()}"
+        if not known(weight.storage_offset() % 16 == 0):
+            return f"{name} does not lie on boundaries of 16 bytes"
+        if not known(weight.shape[0] * weight.shape[1] < 2**31):
+            return f"counts rows of weights in 31 bits, {name} has the shape {tuple(weight.shape)}"
+    return None
+
+
+def _bytes(sizes: Sizes, itemsize: int) -> int:
+    act = sizes.rows(ROWS) * (sizes.intermediate_size + 4 * -(-sizes.intermediate_size // BLOCK))
+    return act + sizes.num_tokens * sizes.hidden_size + itemsize * sizes.pairs * sizes.hidden_size
+
+
+EXPERTS = (
+    Experts(
+        "hopper_fp8_block",
+        FAMILY,
+        _run,
+        "indexed",
+        "pairs",
+        "fp8_block",
+        "fp8_group",
+        align=lambda problem: ROWS,
+        workspace=_bytes,
+        unavailable=unavailable,
+        unsupported=_unsupported,
+    ),
+)
