@@ -18,7 +18,7 @@ bool contiguous_2d(const Tensor& t, int64_t rows, int64_t cols) {
 
 // What both products take, after which come what they write and their own numbers.
 struct Operands {
-  Tensor x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter;
+  Tensor x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter, ready;
   int32_t device;
 
   explicit Operands(MoeArguments& arguments)
@@ -29,7 +29,8 @@ struct Operands {
         sorted_ids(arguments.tensor()),
         block_experts(arguments.tensor()),
         num_padded(arguments.tensor()),
-        counter(arguments.tensor()) {}
+        counter(arguments.tensor()),
+        ready(arguments.tensor()) {}
 
   Fp8GroupedArgs describe(const char* op) {
     check(op, x.device_type() == aoti_torch_device_type_cuda(), "x must be on a CUDA device");
@@ -74,6 +75,8 @@ struct Operands {
     p.block_experts = index_of(op, "block_experts", block_experts, p.padded_rows / kFp8GroupedRows, device);
     p.num_padded = index_of(op, "num_padded", num_padded, 1, device);
     p.counter = const_cast<int32_t*>(index_of(op, "counter", counter, 1, device));
+    p.ready = reinterpret_cast<uint32_t*>(
+        const_cast<int32_t*>(index_of(op, "ready", ready, p.padded_rows / kFp8GroupedRows, device)));
     return p;
   }
 
@@ -97,8 +100,8 @@ int band_of(const char* op, int64_t band) {
   return static_cast<int>(band);
 }
 
-// (x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter, out, out_scale, top_k, min_amax,
-// band)
+// (x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter, ready, out, out_scale, top_k,
+// min_amax, band)
 void gate_up_op(StableIValue* stack, uint64_t, uint64_t) {
   MoeArguments arguments(stack);
   Operands operands(arguments);
@@ -133,7 +136,7 @@ void gate_up_op(StableIValue* stack, uint64_t, uint64_t) {
   check_launch(kGateUp, moe_fp8_gate_up(p, multiprocessors(operands.device), current_stream(operands.device)));
 }
 
-// (x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter, out, band)
+// (x, x_scale, weight, weight_scale, sorted_ids, block_experts, num_padded, counter, ready, out, band)
 void down_op(StableIValue* stack, uint64_t, uint64_t) {
   MoeArguments arguments(stack);
   Operands operands(arguments);
@@ -163,11 +166,12 @@ void down_op(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def(
       "moe_fp8_gate_up(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor sorted_ids,"
-      " Tensor block_experts, Tensor num_padded, Tensor(a!) counter, Tensor(b!) out, Tensor(c!) out_scale, int top_k,"
-      " float min_amax, int band) -> ()");
+      " Tensor block_experts, Tensor num_padded, Tensor(a!) counter, Tensor(b!) ready, Tensor(c!) out,"
+      " Tensor(d!) out_scale, int top_k, float min_amax, int band) -> ()");
   m.def(
       "moe_fp8_down(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor sorted_ids,"
-      " Tensor block_experts, Tensor num_padded, Tensor(a!) counter, Tensor(b!) out, int band) -> ()");
+      " Tensor block_experts, Tensor num_padded, Tensor(a!) counter, Tensor ready,"
+      " Tensor(b!) out, int band) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {

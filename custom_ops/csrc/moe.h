@@ -162,6 +162,7 @@ struct Fp8GroupedArgs {
   const int32_t* block_experts;
   const int32_t* num_padded;
   int32_t* counter;  // 0: of the tiles that were taken
+  uint32_t* ready;   // of each block, 0 before gate_up, which adds 1 for each warp that is done with a tile of it
   void* out;         // [padded_rows, width] codes of the first, [pairs, width] of the second, contiguous
   float* out_scale;  // [padded_rows, width / 128] of the first, contiguous
   int64_t padded_rows;

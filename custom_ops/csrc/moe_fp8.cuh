@@ -9,6 +9,7 @@
 #include "moe_fp8_finish.cuh"
 #include "moe_fp8_load.cuh"
 #include "moe_fp8_multiply.cuh"
+#include "passes.cuh"
 
 namespace custom_ops::moe_fp8 {
 
@@ -32,11 +33,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&s.done[i], 4);
-      init_barrier(&s.free[i], 4);
+      init_barrier(&s.free[i], kFinishers);
     }
     fence_barriers();
   }
   __syncthreads();
+  // down waits for rows, block by block; the index is there, as gate_up has waited for it before it let down start
+  if constexpr (GateUp) wait_for_previous();
+  start_next();
   switch (threadIdx.x / 128) {
     case 0:
       take_registers<208>();
@@ -49,6 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     case 2:
       give_registers<48>();
       load<GateUp>(weight_map, x_map, p, stages, s);
+      if constexpr (!GateUp) wait_for_previous();  // so that who waits for down has waited for gate_up
       break;
     default:
       give_registers<48>();
@@ -77,8 +82,7 @@ cudaError_t launch(const Fp8GroupedArgs& p, int multiprocessors, cudaStream_t st
   if (error != cudaSuccess) return error;
   const int64_t most = p.padded_rows / kBlock * p.column_tiles;
   const dim3 grid(static_cast<unsigned>(most < multiprocessors ? most : multiprocessors));
-  experts<GateUp><<<grid, kThreads, kSharedBytes, stream>>>(weight_map, x_map, p);
-  return cudaGetLastError();
+  return launch_kernel(experts<GateUp>, grid, dim3(kThreads), kSharedBytes, stream, true, weight_map, x_map, p);
 }
 
 }  // namespace custom_ops::moe_fp8

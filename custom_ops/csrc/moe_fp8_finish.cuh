@@ -139,6 +139,7 @@ __device__ __forceinline__ void finish_all(const Fp8GroupedArgs& p, uint32_t sum
   const auto tell_next = [&] {
     if (over) return;
     const int4 task = look_up(p, known == 0 ? static_cast<int>(blockIdx.x) : take(p));
+    if (!GateUp && task.x >= 0) await_rows(p, task.x);
     tell(s, known++, task);
     over = task.x < 0;
   };
@@ -172,6 +173,7 @@ __device__ __forceinline__ void finish_all(const Fp8GroupedArgs& p, uint32_t sum
       finish(1);
     }
     free(1);
+    if (GateUp) publish_rows(p, task.block);
   }
 }
 

@@ -70,23 +70,25 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
       float sum0[64], sum1[64];
 #pragma unroll
       for (int i = 0; i < 64; ++i) sum0[i] = sum1[i] = 0.0f;
+      uint32_t tile = full(ring);
 #pragma unroll 1
-      for (int step = 0; step < p.steps; ++step) {
-        const uint32_t tile = full(ring);
+      for (int step = p.steps; step > 0; --step) {
+        float product[64];
+        begin(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes);
         const float* const row_scale = &s.row_scales[ring.stage][group * kRows + own_row()];
         const float of_row0 = row_scale[0], of_row8 = row_scale[8];
         const float of_column0 = s.column_scales[ring.stage][0], of_column1 = s.column_scales[ring.stage][1];
-        float product[64];
-        begin(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes);
         wait_for_product<0>();
         hold(product);
         add_scaled(sum0, product, __fmul_rn(of_row0, of_column0), __fmul_rn(of_row8, of_column0));
         begin(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes + kColumnsBytes);
         const float scale0 = __fmul_rn(of_row0, of_column1), scale8 = __fmul_rn(of_row8, of_column1);
+        const int stage = ring.stage;
+        ring.next();
+        if (step > 1) tile = full(ring);  // while the product is under way
         wait_for_product<0>();
         hold(product);
-        release(ring.stage);
-        ring.next();
+        release(stage);
         add_scaled(sum1, product, scale0, scale8);
       }
       wait(&s.free[group], (count & 1) ^ 1);
@@ -96,18 +98,20 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
       float sum[64];
 #pragma unroll
       for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
+      uint32_t tile = full(ring);
 #pragma unroll 1
-      for (int step = 0; step < p.steps; ++step) {
-        const uint32_t tile = full(ring);
+      for (int step = p.steps; step > 0; --step) {
+        float product[64];
+        begin(product, tile, tile + 2 * kRowsBytes + group * kColumnsBytes);
         const float* const row_scale = &s.row_scales[ring.stage][own_row()];
         const float of_row0 = row_scale[0], of_row8 = row_scale[8];
         const float of_column = s.column_scales[ring.stage][group];
-        float product[64];
-        begin(product, tile, tile + 2 * kRowsBytes + group * kColumnsBytes);
+        const int stage = ring.stage;
+        ring.next();
+        if (step > 1) tile = full(ring);
         wait_for_product<0>();
         hold(product);
-        release(ring.stage);
-        ring.next();
+        release(stage);
         add_scaled(sum, product, __fmul_rn(of_row0, of_column), __fmul_rn(of_row8, of_column));
       }
       wait(&s.free[group], (count & 1) ^ 1);

@@ -14,6 +14,7 @@ constexpr int kRows = 64;    // of a warpgroup that multiplies
 constexpr int kBlock = 128;  // pairs of a block of the index, and columns of a sum
 constexpr int kSlots = 4;    // tasks that were told and are not all taken
 constexpr int kThreads = 512;
+constexpr int kFinishers = 4;  // warps
 constexpr int kRowsBytes = kRows * kRowBytes;
 constexpr int kColumnsBytes = kBlock * kRowBytes;
 constexpr int kStageBytes = 2 * kRowsBytes + 2 * kColumnsBytes;
@@ -69,6 +70,21 @@ __device__ __forceinline__ int4 look_up(const Fp8GroupedArgs& p, int number) {
   const int height = min(blocks - band * p.band, p.band);
   const int block = band * p.band + in % height;
   return make_int4(block, in / height, p.block_experts[block], p.sorted_ids[block * kBlock + kRows] < p.pairs);
+}
+
+// A warp of gate_up has written its rows of a tile.
+__device__ __forceinline__ void publish_rows(const Fp8GroupedArgs& p, int block) {
+  fence_global();
+  __syncwarp();
+  if (this_lane() == 0) add_released(p.ready + block, 1);
+}
+
+// Until gate_up has written the rows of a block, for whatever this thread then tells of them: the first tiles of down
+// begin where no tile of gate_up is left.
+__device__ __forceinline__ void await_rows(const Fp8GroupedArgs& p, int block) {
+  const uint32_t of_all = static_cast<uint32_t>(p.steps * kFinishers);  // a step of down is a tile of gate_up
+  while (load_acquired(p.ready + block) < of_all) __nanosleep(32);
+  fence_global();
 }
 
 // Of one thread.

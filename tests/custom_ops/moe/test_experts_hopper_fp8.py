@@ -15,14 +15,10 @@ from custom_ops.moe.parts import Pipeline
 from custom_ops.moe.problem import Problem
 from tests.custom_ops.helpers import assert_same_bits
 from tests.custom_ops.moe.problems import ROUTINGS, Shape, assert_as_good, shapes
+from tests.custom_ops.moe.products import MODELS, Products
 
 PLAIN = Shape(tokens=5, top_k=2, experts=4, hidden=256, intermediate=128, weights="fp8_block")
 (EXPERTS,) = experts_hopper_fp8.EXPERTS
-MODELS = {
-    "Qwen3-30B-A3B": (8, 128, 2048, 768),
-    "Mixtral-8x7B": (2, 8, 4096, 14336),
-    "a slice of DeepSeek-V3": (1, 32, 7168, 2048),
-}
 
 
 def pipeline_of() -> Pipeline:
@@ -37,7 +33,10 @@ def here() -> Pipeline:
 
 
 def triton(problem: Problem) -> Tensor:
-    return choice.pipelines()["triton_fp8_block"](problem)
+    """By the same blocks: a block of 64 pairs that is half full is multiplied by other instructions, bits apart."""
+    pipeline = choice.pipelines()["triton_fp8_block"]
+    experts = dataclasses.replace(pipeline.experts, align=lambda problem: experts_hopper_fp8.ROWS)
+    return dataclasses.replace(pipeline, experts=experts)(problem)
 
 
 def assert_alike(ours: Tensor, theirs: Tensor) -> None:
@@ -141,10 +140,7 @@ def test_the_bits_of_triton(data):
 def test_sizes_of_models(model, tokens, routing):
     """Three times: which multiprocessor has which tile is another thing each time."""
     pipeline = here()
-    top_k, experts, hidden, width = MODELS[model]
-    problem = Shape(
-        tokens, top_k, experts, hidden, width, weights="fp8_block", routing=routing
-    ).problem("cuda")
+    problem = Products.of(tokens, *MODELS[model], routing).problem()
     expected = triton(problem)
     for _ in range(3):
         assert_same_bits(pipeline(problem), expected)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-import custom_ops
 from custom_ops.moe import reference
-from custom_ops.moe.activation import Activation
-from custom_ops.moe.tiles import Aligned, Tile
+from custom_ops.moe.tiles import Tile
 from tests.custom_ops.helpers import assert_same_bits
-from tests.custom_ops.moe.problems import ROUTINGS, Shape, route, shapes
+from tests.custom_ops.moe.problems import ROUTINGS, Shape, shapes
+from tests.custom_ops.moe.products import BLOCK, MODELS, Products
 from tests.custom_ops.moe.test_triton_experts import run
 
 pytest.importorskip("triton", reason="needs triton")
@@ -35,8 +32,6 @@ pytestmark = [
     ),
 ]
 
-BLOCK = 128
-
 
 def with_roles(weights: str, stages: int = 4, band: int = 4) -> Tile:
     return Tile(128, 64 if weights == "16_bit" else 128, 4, stages, band=band, roles=True)
@@ -44,82 +39,6 @@ def with_roles(weights: str, stages: int = 4, band: int = 4) -> Tile:
 
 def plain(weights: str) -> Tile:
     return Tile(128, 64 if weights == "16_bit" else 128, 8, 3, halve=True)
-
-
-class Products(NamedTuple):
-    """FP8 operands of both products, made on the GPU: a model's weights take the host too long."""
-
-    x: Tensor
-    x_scale: Tensor
-    gate_up: Tensor
-    gate_up_scale: Tensor
-    down: Tensor
-    down_scale: Tensor
-    ids: Tensor
-    aligned: Aligned
-
-    @classmethod
-    def of(cls, tokens: int, top_k: int, experts: int, hidden: int, width: int, routing: str):
-        generator = torch.Generator("cuda").manual_seed(tokens)
-
-        def codes(*shape: int) -> Tensor:
-            values = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
-            return values.normal_(generator=generator).mul_(64).to(torch.float8_e4m3fn)
-
-        def scales(*shape: int) -> Tensor:
-            return torch.rand(shape, device="cuda", generator=generator) * 1e-3 + 1e-4
-
-        ids = route(routing, tokens, experts, top_k, torch.Generator().manual_seed(tokens)).cuda()
-        return cls(
-            codes(tokens, hidden),
-            scales(tokens, hidden // BLOCK),
-            codes(experts, 2 * width, hidden),
-            scales(experts, 2 * width // BLOCK, hidden // BLOCK),
-            codes(experts, hidden, width),
-            scales(experts, hidden // BLOCK, width // BLOCK),
-            ids,
-            Aligned(*custom_ops.moe_align_block_size(ids, BLOCK, experts), BLOCK),
-        )
-
-    def refused(self) -> list[str | None]:
-        """Why the kernels with roles would not take a product."""
-        none = {"bias": None, "w_scale": self.gate_up_scale}
-        return [
-            gluon_experts.unsupported(self.x, self.gate_up, self.aligned, gate="silu_mul", **none),
-            gluon_experts.unsupported(self.down[0], self.down, self.aligned, **none),
-        ]
-
-    def first(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the rows of pairs."""
-        codes, scale = triton_experts.gate_up(
-            self.x,
-            self.gate_up,
-            self.aligned,
-            self.ids.shape[1],
-            activation=Activation("silu_mul"),
-            x_scale=self.x_scale,
-            w_scale=self.gate_up_scale,
-            quantize=True,
-            dtype=torch.bfloat16,
-            tile=tile,
-        )
-        return codes, scale
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The bits of all rows but those of padding, which hold nothing."""
-        return tensor.view(torch.uint8)[self.aligned.sorted_ids < self.ids.numel()]
-
-    def second(self, act: tuple[Tensor, Tensor], tile: Tile) -> Tensor:
-        return triton_experts.down(
-            act[0],
-            self.down,
-            self.aligned,
-            self.ids.numel(),
-            act_scale=act[1],
-            w_scale=self.down_scale,
-            dtype=torch.bfloat16,
-            tile=tile,
-        )
 
 
 # Each is compiled anew, in seconds: what is drawn are routings, which are not.
@@ -212,11 +131,15 @@ def test_against_the_reference(weights, tokens):
     assert float(difference) <= (2e-2 if weights == "fp8_block" else 4e-3)
 
 
-MODELS = {
-    "Qwen3-30B-A3B": (8, 128, 2048, 768),
-    "Mixtral-8x7B": (2, 8, 4096, 14336),
-    "a slice of DeepSeek-V3": (1, 32, 7168, 2048),
-}
+def refused(products: Products) -> list[str | None]:
+    """Why the kernels with roles would not take a product."""
+    none = {"bias": None, "w_scale": products.gate_up_scale}
+    return [
+        gluon_experts.unsupported(
+            products.x, products.gate_up, products.aligned, gate="silu_mul", **none
+        ),
+        gluon_experts.unsupported(products.down[0], products.down, products.aligned, **none),
+    ]
 
 
 @pytest.mark.parametrize("routing", [r for r in ROUTINGS if r != "repeated"])
@@ -225,7 +148,7 @@ MODELS = {
 def test_sizes_of_models(model, tokens, routing):
     """Twice: which multiprocessor has which tile is another thing each time."""
     products = Products.of(tokens, *MODELS[model], routing)
-    assert products.refused() == [None, None]
+    assert refused(products) == [None, None]
     expected = products.first(plain("fp8_block"))
     for _ in range(2):
         act = products.first(with_roles("fp8_block"))
