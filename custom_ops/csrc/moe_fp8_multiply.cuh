@@ -42,10 +42,9 @@ __device__ __forceinline__ void store_sum(const float (&d)[64], uint32_t to) {
   }
 }
 
-// The group-th warpgroup. The two take turns at the matrix units: while one adds up, the other multiplies.
+// The group-th warpgroup. While one adds up, the other multiplies; turns at the matrix units make no difference.
 template <bool GateUp, int group>
 __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* stages, uint32_t sums, Shared& s) {
-  constexpr int kMine = 1 + group, kOther = 2 - group, kBoth = 256;
   const auto own_row = [] { return this_thread() / 32 * 16 + this_lane() / 4; };
   const auto full = [&](Ring ring) {
     wait(&s.full[ring.stage], ring.parity);
@@ -53,16 +52,10 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
     // the same for all threads, which the compiler then need not find out again for every instruction
     return __shfl_sync(~0u, shared_address(stages) + ring.stage * kStageBytes, 0);
   };
-  const auto begin = [](float (&d)[64], uint32_t rows, uint32_t columns) {
-    sync_threads(kMine, kBoth);
-    begin_tile(d, rows, columns);
-    arrive_for_threads(kOther, kBoth);
-  };
   const auto release = [&](int stage) {
     if (this_lane() == 0) arrive(&s.empty[stage]);
   };
   Ring ring;
-  if (group == 1) arrive_for_threads(kOther, kBoth);  // which is the first
   for (int count = 0;; ++count) {
     const Task task = told(s, count);
     if (task.block < 0) break;
@@ -74,14 +67,14 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
 #pragma unroll 1
       for (int step = p.steps; step > 0; --step) {
         float product[64];
-        begin(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes);
+        begin_tile(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes);
         const float* const row_scale = &s.row_scales[ring.stage][group * kRows + own_row()];
         const float of_row0 = row_scale[0], of_row8 = row_scale[8];
         const float of_column0 = s.column_scales[ring.stage][0], of_column1 = s.column_scales[ring.stage][1];
         wait_for_product<0>();
         hold(product);
         add_scaled(sum0, product, __fmul_rn(of_row0, of_column0), __fmul_rn(of_row8, of_column0));
-        begin(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes + kColumnsBytes);
+        begin_tile(product, tile + group * kRowsBytes, tile + 2 * kRowsBytes + kColumnsBytes);
         const float scale0 = __fmul_rn(of_row0, of_column1), scale8 = __fmul_rn(of_row8, of_column1);
         const int stage = ring.stage;
         ring.next();
@@ -102,7 +95,7 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
 #pragma unroll 1
       for (int step = p.steps; step > 0; --step) {
         float product[64];
-        begin(product, tile, tile + 2 * kRowsBytes + group * kColumnsBytes);
+        begin_tile(product, tile, tile + 2 * kRowsBytes + group * kColumnsBytes);
         const float* const row_scale = &s.row_scales[ring.stage][own_row()];
         const float of_row0 = row_scale[0], of_row8 = row_scale[8];
         const float of_column = s.column_scales[ring.stage][group];
@@ -120,7 +113,6 @@ __device__ __forceinline__ void multiply_all(const Fp8GroupedArgs& p, uint8_t* s
     __syncwarp();
     if (this_lane() == 0) arrive(&s.done[group]);
   }
-  if (group == 0) sync_threads(kMine, kBoth);  // that nothing is left of it
 }
 
 #endif
