@@ -28,6 +28,7 @@ _RESHAPES = {
     aten.detach.default,
 }  # fmt: skip
 _PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
+_ROOTS = {0.5: "aten.sqrt.default", -0.5: "aten.rsqrt.default"}
 _REDUCTIONS = {
     aten.amax.default: "amax", aten.max.default: "amax", aten.amin.default: "amin", aten.min.default: "amin",
     aten.mean.dim: "mean", aten.sum.dim_IntList: "sum",
@@ -109,8 +110,8 @@ def describe(node: fx.Node) -> Operation | None:
         return Operation(name, "pointwise", (args[0],))  # the dtype is compared on the node
     if target is aten.full.default:  # a number as a tensor, on whichever device
         return Operation("constant", "pointwise", (args[1],))
-    if target is aten.pow.Tensor_Scalar and args[1] == -0.5:  # eager runs rsqrt for it
-        return Operation("aten.rsqrt.default", "pointwise", (args[0],))
+    if target is aten.pow.Tensor_Scalar and args[1] in _ROOTS:  # which eager runs for it
+        return Operation(_ROOTS[args[1]], "pointwise", (args[0],))
     if (target is aten.pow.Tensor_Scalar and args[1] == 2) or (
         name == "mul" and args[0] is args[1]
     ):

@@ -2,6 +2,7 @@
 
 gate * sigmoid(gate) * up      in 16 bits, where the sigmoid is rounded by itself, as it is not in silu(gate)
 gelu(gate) * up                by erf, which is another function than that by tanh
+0.5 * gate * (1 + tanh(...)) * up    in 16 bits, where each step is rounded, or with other steps than torch's own
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from fusion_passes.operations import describe, is_tensor, module_path, read, rea
 from fusion_passes.reporting import NearMiss
 
 _NARROW = (torch.bfloat16, torch.float16)
+_FUNCTIONS = ("aten.sigmoid.default", "aten.erf.default", "aten.tanh.default")
+_OF_CUBES = 0.044715  # by which alone tanh makes a GELU
 
 
 def find(graph: fx.Graph) -> Iterator[NearMiss]:
@@ -24,10 +27,13 @@ def find(graph: fx.Graph) -> Iterator[NearMiss]:
         operation = describe(node)
         if operation is None:
             continue
-        if operation.name == "aten.sigmoid.default" and node.meta["val"].dtype in _NARROW:
+        if operation.name not in _FUNCTIONS:
+            continue
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        narrow = node.meta["val"].dtype in _NARROW
+        if operation.name == "aten.sigmoid.default" and narrow:
             gate = _source(operation.operands[0])
             activated = [to for to, by in _products(node) if _source(by) is gate]
-            dtype = str(node.meta["val"].dtype).removeprefix("torch.")
             fusion, reason = (
                 "silu_mul",
                 f"{node.name} is rounded to {dtype} before it is multiplied by the gate; accepted: silu(gate), "
@@ -36,6 +42,14 @@ def find(graph: fx.Graph) -> Iterator[NearMiss]:
         elif operation.name == "aten.erf.default":
             activated = [to for added in readers(node) for to, _ in _products(added)]
             fusion, reason = "gelu_tanh_mul", f"{node.name} makes it GELU by erf; accepted: by tanh"
+        elif operation.name == "aten.tanh.default" and _is_of_cubes(node):
+            activated = [to for added in readers(node) for to, _ in _products(added)]
+            steps = f"is of steps rounded to {dtype} each" if narrow else "is of other steps"
+            fusion, reason = (
+                "gelu_tanh_mul",
+                f"{node.name} {steps}; accepted: gelu(gate, approximate='tanh'), and in float32 "
+                "0.5 * gate * (1 + tanh(0.79788 * (gate + 0.044715 * gate ** 3)))",
+            )
         else:
             continue
         if any(_is_gated(product) for product in activated):
@@ -55,8 +69,22 @@ def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                     yield reader, other
 
 
+def _is_of_cubes(tanh: fx.Node, most: int = 12) -> bool:
+    """Whether one of the last pointwise operations before it multiplies by GELU's factor of cubes."""
+    behind = [tanh]
+    for node in behind:
+        operation = describe(_source(node))
+        if operation is None or operation.kind != "pointwise" or len(behind) > most:
+            continue
+        if operation.name == "mul" and _OF_CUBES in operation.operands:
+            return True
+        behind += filter(is_tensor, operation.operands)
+    return False
+
+
 def _is_gated(activated: fx.Node) -> bool:
-    return any(True for _ in _products(activated))
+    """Whether it is multiplied to something in 16 bits, which all ops of gates return."""
+    return any(product.meta["val"].dtype in _NARROW for product, _ in _products(activated))
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -2,17 +2,19 @@
 
 x / sqrt(mean(x * x) + eps)          a division by a root rounds differently from a product with rsqrt
 x * rsqrt(sum(x * x) / n + eps)      the same value, spelt in a way that is not read
+x / max(norm(x), eps) * sqrt(n)      F.normalize: the same but for eps, which bounds the length; times a weight
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from fusion_passes.operations import describe, is_tensor, module_path, transparent
+from fusion_passes.operations import describe, is_tensor, module_path, readers, transparent
 from fusion_passes.reporting import NearMiss
 
 FUSION = "rms_norm"
@@ -24,6 +26,12 @@ def find(graph: fx.Graph) -> Iterator[NearMiss]:
     """One near miss for each root of a mean of squares that is left in a graph whose norms were recognized."""
     for node in graph.nodes:
         operation = describe(node)
+        if operation is not None and operation.name == "div" and _is_scaled_length(node):
+            accepted = "x * rsqrt(mean(x * x) + eps)"
+            reason = (
+                f"{node.name} divides by a length, of which eps is the least; accepted: {accepted}"
+            )
+            yield NearMiss(FUSION, module_path(node), node.name, reason)
         if operation is None or operation.name not in _ROOTS:
             continue
         mean = _mean_of_squares(node)
@@ -59,6 +67,34 @@ def _mean_of_squares(root: fx.Node) -> fx.Node | None:
     return None
 
 
+def _is_scaled_length(divided: fx.Node) -> bool:
+    """Whether a row is divided by its length, and multiplied by the root of its width, which makes it an RMSNorm."""
+    row, length = divided.args[:2]
+    total = _past(length, ("cast", "aten.clamp_min.default", "aten.sqrt.default"))
+    summed = describe(total) if total is not None else None
+    if total is None or summed is None or summed.name != "sum":
+        return False
+    squared = _source(summed.operands[0])
+    inner = describe(squared) if squared is not None else None
+    if squared is None or inner is None or inner.name != "square":
+        return False
+    if _uncast(inner.operands[0]) is not _uncast(row):
+        return False
+    root = math.sqrt(squared.meta["val"].numel() / total.meta["val"].numel())
+    return any(abs(factor - root) < 1e-3 * root for factor in _factors(divided))
+
+
+def _factors(value: fx.Node) -> Iterator[float]:
+    """The numbers that a value is multiplied by before anything else happens to it."""
+    for reader in readers(value):
+        operation = describe(reader)
+        if operation is not None and operation.name == "cast":
+            yield from _factors(reader)
+        elif operation is not None and operation.name == "mul":
+            yield from (n for n in operation.operands if isinstance(n, (int, float)))
+            yield from _factors(reader)
+
+
 def _is_centred(value: Any) -> bool:
     """Whether a mean was taken off a value: the mean of its squares is a variance, and the norm a LayerNorm."""
     node = _uncast(value)
@@ -71,8 +107,13 @@ def _is_centred(value: Any) -> bool:
 
 
 def _uncast(value: Any) -> fx.Node | None:
+    return _past(value, ("cast",))
+
+
+def _past(value: Any, names: tuple[str, ...]) -> fx.Node | None:
+    """What a value is through views and operations of these names."""
     node = _source(value)
-    while node is not None and (operation := describe(node)) and operation.name == "cast":
+    while node is not None and (operation := describe(node)) and operation.name in names:
         node = _source(operation.operands[0])
     return node
 

@@ -8,6 +8,7 @@ have a module of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,13 @@ def _silu_by_sigmoid(gate: T, up: T) -> T:
     return (gate.float() * torch.sigmoid(gate.float())).to(gate.dtype) * up
 
 
+def _gelu_written_out(gate: T, up: T) -> T:
+    """As NewGELUActivation of transformers; eager's pow(x, 3) is x * x * x too."""
+    x = gate.float()
+    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+    return (0.5 * x * (1.0 + torch.tanh(inner))).to(gate.dtype) * up
+
+
 _GATED = {name: Tensor("num_tokens", "intermediate_size") for name in ("gate", "up")}
 
 MEANINGS = (
@@ -226,6 +234,7 @@ MEANINGS = (
             Pattern(
                 lambda gate, up: F.gelu(gate, approximate="tanh") * up, _GATED, name="gelu_tanh_mul"
             ),
+            Pattern(_gelu_written_out, _GATED, name="gelu_tanh_mul, written out"),
         ),
         rewrite=lambda m: (m.emit(gelu_tanh_mul, m.tensor("gate"), m.tensor("up")),),
         signature="aten.tanh.default",

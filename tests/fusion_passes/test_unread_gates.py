@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -15,10 +16,27 @@ from tests.fusion_passes.helpers import fuse_all, misses, quantize, random
 
 pytestmark = pytest.mark.usefixtures("references")
 
+
+def _new_gelu(x: Tensor) -> Tensor:
+    """NewGELUActivation of transformers."""
+    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+    return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+def _fast_gelu(x: Tensor) -> Tensor:
+    """FastGELUActivation of transformers."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
 UNREAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
     "sigmoid": (lambda gate, up: gate * gate.sigmoid() * up, "silu_mul", "is rounded to"),
     "sigmoid, gate last": (lambda gate, up: up * (gate.sigmoid() * gate), "silu_mul", "is rounded to"),
     "erf": (lambda gate, up: F.gelu(gate) * up, "gelu_tanh_mul", "makes it GELU by erf"),
+    "tanh": (lambda gate, up: _new_gelu(gate) * up, "gelu_tanh_mul", "steps rounded to"),
+    "tanh, up first": (lambda gate, up: up * _new_gelu(gate), "gelu_tanh_mul", "steps rounded to"),
+    "tanh, of other steps": (
+        lambda gate, up: _fast_gelu(gate.float()).to(gate.dtype) * up, "gelu_tanh_mul", "is of other steps",
+    ),
 }  # fmt: skip
 
 
@@ -56,6 +74,24 @@ def test_a_sigmoid_in_float32_is_found(casts):
     assert result.report.near_misses == []
 
 
+def test_a_gelu_written_out_in_float32_is_found():
+    def gated(gate: Tensor, up: Tensor) -> object:
+        return quantize(_new_gelu(gate.float()).to(gate.dtype) * up)
+
+    result = fuse_all(gated, random(5, 128), random(5, 128, seed=1))
+    assert result.report.matches == {"gelu_tanh_mul_group_quant": 1}, result.report
+    assert result.report.near_misses == []
+
+
+@pytest.mark.parametrize("activate", [F.gelu, _new_gelu, lambda x: x * x.sigmoid()])
+def test_of_float32_alone_nothing_is_told(activate):
+    """No op of gates takes it, whichever its spelling."""
+    x, y = (random(5, 128, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    result = fuse_all(lambda gate, up: activate(gate) * up, x, y)
+    assert result.report.matches == {}
+    assert result.report.near_misses == []
+
+
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a gate of something else": lambda x, y: x * y.sigmoid(),
     "a gate of something else, times more": lambda x, y: x * y.sigmoid() * (x + 1),
@@ -63,6 +99,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a swish times a weight": lambda x, y: x * x.sigmoid() * y[0],
     "a GELU alone": lambda x, y: F.gelu(x) + y,
     "a GELU times a number": lambda x, y: F.gelu(x) * 2 + y,
+    "a tanh, one more": lambda x, y: x * (1 + torch.tanh(y)) * (x + 2),
     "an error function": lambda x, y: torch.erf(x) * y,
 }
 
