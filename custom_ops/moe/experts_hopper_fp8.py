@@ -1,7 +1,8 @@
 """Experts in CUDA C++ for Hopper, `csrc/moe_fp8.cuh`, in FP8 with scales of 128 x 128 blocks.
 
 For where an expert has few blocks of pairs: a block that is at most half full is shared by all warps that multiply,
-which the kernels of `gluon_experts` cannot do. The results are those of `triton_experts` to the bit.
+which the kernels of `gluon_experts` cannot do. The results are those of `triton_experts` in blocks of 128 pairs, to the
+bit; where Triton takes smaller blocks, it multiplies those that are half full by other instructions.
 """
 
 from __future__ import annotations
