@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map
+from fusion_passes.experts.activations import behind
 from fusion_passes.operations import describe, is_tensor, module_path, read, readers, shape_of
 from fusion_passes.reporting import NearMiss
 
@@ -40,10 +41,10 @@ def find(graph: fx.Graph) -> Iterator[NearMiss]:
                 "and gate * sigmoid(gate) in float32",
             )
         elif operation.name == "aten.erf.default":
-            activated = [to for added in readers(node) for to, _ in _products(added)]
+            activated = [to for added in _sums(node) for to, _ in _products(added)]
             fusion, reason = "gelu_tanh_mul", f"{node.name} makes it GELU by erf; accepted: by tanh"
         elif operation.name == "aten.tanh.default" and _is_of_cubes(node):
-            activated = [to for added in readers(node) for to, _ in _products(added)]
+            activated = [to for added in _sums(node) for to, _ in _products(added)]
             steps = f"is of steps rounded to {dtype} each" if narrow else "is of other steps"
             fusion, reason = (
                 "gelu_tanh_mul",
@@ -69,17 +70,23 @@ def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                     yield reader, other
 
 
-def _is_of_cubes(tanh: fx.Node, most: int = 12) -> bool:
-    """Whether one of the last pointwise operations before it multiplies by GELU's factor of cubes."""
-    behind = [tanh]
-    for node in behind:
-        operation = describe(_source(node))
-        if operation is None or operation.kind != "pointwise" or len(behind) > most:
-            continue
-        if operation.name == "mul" and _OF_CUBES in operation.operands:
-            return True
-        behind += filter(is_tensor, operation.operands)
-    return False
+def _sums(node: fx.Node) -> Iterator[fx.Node]:
+    """What is a value and something more, 1 in a GELU, cast before or not."""
+    for reader in readers(node):
+        operation = describe(reader)
+        if operation is not None and operation.name == "cast":
+            yield from _sums(reader)
+        elif operation is not None and operation.name == "add":
+            yield reader
+
+
+def _is_of_cubes(tanh: fx.Node) -> bool:
+    """Whether one of the pointwise operations before it multiplies by GELU's factor of cubes."""
+    operations = map(describe, behind(tanh))
+    return any(
+        operation is not None and operation.name == "mul" and _OF_CUBES in operation.operands
+        for operation in operations
+    )
 
 
 def _is_gated(activated: fx.Node) -> bool:

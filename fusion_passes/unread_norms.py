@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_passes.operations import describe, is_tensor, module_path, readers, transparent
+from fusion_passes import index_map, torch_internals
+from fusion_passes.operations import (
+    describe,
+    is_tensor,
+    module_path,
+    readers,
+    shape_of,
+    transparent,
+)
 from fusion_passes.reporting import NearMiss
 
 FUSION = "rms_norm"
@@ -80,7 +88,11 @@ def _is_scaled_length(divided: fx.Node) -> bool:
         return False
     if _uncast(inner.operands[0]) is not _uncast(row):
         return False
-    root = math.sqrt(squared.meta["val"].numel() / total.meta["val"].numel())
+    whole, rows = (index_map.product(shape_of(node)) for node in (squared, total))
+    width = torch_internals.size_hint(index_map.divide(whole, rows) or 0, divided.graph)
+    if not width:
+        return False
+    root = math.sqrt(width)
     return any(abs(factor - root) < 1e-3 * root for factor in _factors(divided))
 
 

@@ -10,7 +10,7 @@
 // A are little beside the 256 of W. They write y and say so; the others, which ask for y when their channels are done,
 // hardly wait, since the first columns of all tokens come first. Every cluster must run at once for that: the host asks
 // how many can.
-#include "hopper.cuh"
+#include "hopper_stages.cuh"
 #include "lora.h"
 
 namespace custom_ops {
@@ -111,18 +111,7 @@ __device__ __forceinline__ void publish(const Sizes& p, const float (&y)[Rank / 
   if (thread == 0 && token < p.tokens) add_released(p.done + token / kTokens, 1);
 }
 
-// A place in the ring of stages, and how often it has come round.
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+using Ring = RingOf<kStages>;
 
 #endif
 

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from custom_ops.gemm.reference import BLOCK
-from custom_ops.moe.experts_hopper import FAMILY, op, reads_by_tma, unavailable
+from custom_ops.moe.experts_hopper import (
+    FAMILY,
+    op,
+    reads_by_tma,
+    unavailable,
+    unsupported_by_all,
+)
 from custom_ops.moe.parts import Experts, Prepared
 from custom_ops.moe.problem import FP8, Problem, Sizes
 from custom_ops.moe.tiles import Aligned
 from custom_ops.platform import on_device
-from custom_ops.scales import known
 
 ROWS = 128  # of a block of the index
 LEAST_AMAX = 2.0**-60  # which makes no scale subnormal
@@ -113,33 +118,15 @@ def _run(problem: Problem, prepared: Prepared) -> Tensor:
 
 
 def _unsupported(problem: Problem) -> str | None:
-    sizes, activation = problem.sizes, problem.activation
     if problem.dtype != torch.bfloat16:
         return f"writes torch.bfloat16, the result is {problem.dtype}"
-    if not sizes.num_experts:
+    if not problem.sizes.num_experts:
         return "there is no expert here"
-    if activation.name != "silu_mul" or activation.interleaved:
-        return f"applies silu_mul of halves, the activation is {activation}"
-    if problem.gate_up_bias is not None or problem.down_bias is not None:
-        return "adds no bias"
     if (problem.scale_mode, problem.code_mode) != ("divide", "divide"):
         return f"quantizes by division, not by {problem.scale_mode} and {problem.code_mode}"
     if not LEAST_AMAX <= problem.min_amax <= MOST_AMAX:
         return f"needs min_amax of 2^-60 to 2^60, it is {problem.min_amax:g}"
-    for name, size in (
-        ("hidden_size", sizes.hidden_size),
-        ("intermediate_size", sizes.intermediate_size),
-    ):
-        if not known(size % BLOCK == 0):
-            return f"needs {name} a multiple of {BLOCK}, it is {size}"
-    for name, weight in (("gate_up", problem.gate_up), ("down", problem.down)):
-        if not weight.is_contiguous():
-            return f"reads contiguous weights, the strides of {name} are {weight.stride()}"
-        if not known(weight.storage_offset() % 16 == 0):
-            return f"{name} does not lie on boundaries of 16 bytes"
-        if not known(weight.shape[0] * weight.shape[1] < 2**31):
-            return f"counts rows of weights in 31 bits, {name} has the shape {tuple(weight.shape)}"
-    return None
+    return unsupported_by_all(problem)
 
 
 def _bytes(sizes: Sizes, itemsize: int) -> int:

@@ -17,15 +17,23 @@ from tests.fusion_passes.helpers import fuse_all, misses, quantize, random
 pytestmark = pytest.mark.usefixtures("references")
 
 
+def _cubes(x: Tensor) -> Tensor:
+    return math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+
+
 def _new_gelu(x: Tensor) -> Tensor:
     """NewGELUActivation of transformers."""
-    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
-    return 0.5 * x * (1.0 + torch.tanh(inner))
+    return 0.5 * x * (1.0 + torch.tanh(_cubes(x)))
 
 
 def _fast_gelu(x: Tensor) -> Tensor:
     """FastGELUActivation of transformers."""
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """In float32, and no step more."""
+    return function(x.float()).to(x.dtype)
 
 
 UNREAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
@@ -36,6 +44,12 @@ UNREAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
     "tanh, up first": (lambda gate, up: up * _new_gelu(gate), "gelu_tanh_mul", "steps rounded to"),
     "tanh, of other steps": (
         lambda gate, up: _fast_gelu(gate.float()).to(gate.dtype) * up, "gelu_tanh_mul", "is of other steps",
+    ),
+    "erf, rounded before it is added to": (
+        lambda gate, up: 0.5 * gate * (1 + _rounded(torch.erf, gate / 2**0.5)) * up, "gelu_tanh_mul", "GELU by erf",
+    ),
+    "tanh, rounded before it is added to": (
+        lambda gate, up: 0.5 * gate * (1 + _rounded(torch.tanh, _cubes(gate))) * up, "gelu_tanh_mul", "other steps",
     ),
 }  # fmt: skip
 
@@ -92,6 +106,14 @@ def test_of_float32_alone_nothing_is_told(activate):
     assert result.report.near_misses == []
 
 
+def test_a_sigmoid_in_float32_is_not_called_rounded():
+    """No op takes a gate in float32, but nothing is rounded before the swish is."""
+    x, y = random(5, 128, dtype=torch.float32), random(5, 128, seed=1)
+    result = fuse_all(lambda gate, up: (gate * gate.sigmoid()).to(up.dtype) * up, x, y)
+    assert result.report.matches == {}
+    assert result.report.near_misses == []
+
+
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a gate of something else": lambda x, y: x * y.sigmoid(),
     "a gate of something else, times more": lambda x, y: x * y.sigmoid() * (x + 1),
@@ -101,6 +123,10 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a GELU times a number": lambda x, y: F.gelu(x) * 2 + y,
     "a tanh, one more": lambda x, y: x * (1 + torch.tanh(y)) * (x + 2),
     "an error function": lambda x, y: torch.erf(x) * y,
+    "an error function, negated": lambda x, y: x * -torch.erf(x) * y,
+    "an error function, rounded and squared": lambda x, y: _rounded(torch.erf, x).square() * x * y,
+    "a tanh of cubes, negated": lambda x, y: x * -torch.tanh(_cubes(x)) * y,
+    "a tanh of cubes, taken from 1": lambda x, y: x * (1 - _rounded(torch.tanh, _cubes(x))) * y,
 }
 
 

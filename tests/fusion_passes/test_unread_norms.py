@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
+import fusion_passes
 from tests.fusion_passes.helpers import fuse_all, random
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -67,16 +70,17 @@ NO_NORMS = {
 }
 
 
-def misses(fn: Callable[..., torch.Tensor], tokens: int) -> list[str]:
-    report = fuse_all(fn, random(tokens, 128), random(128)).report
+def misses(fn: Callable[..., torch.Tensor], tokens: int, **kwargs: Any) -> list[str]:
+    report = fuse_all(fn, random(tokens, 128), random(128), **kwargs).report
     assert report.matches == {}, report
     return [miss.reason for miss in report.near_misses if miss.fusion == "rms_norm"]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", UNREAD)
-def test_an_unread_norm_is_a_near_miss(kind: str) -> None:
+def test_an_unread_norm_is_a_near_miss(kind: str, dynamic: bool) -> None:
     fn, words = UNREAD[kind]
-    reasons = misses(fn, 5)
+    reasons = misses(fn, 5, dynamic=dynamic)
     assert len(reasons) == 1
     assert words in reasons[0]
 
@@ -98,3 +102,21 @@ def test_views_and_numbers_on_the_way_do_not_hide_it(tokens: int, eps: float, vi
         return (x / torch.sqrt(squares.mean(-1).reshape(-1, 1) + eps)).to(x.dtype) * w
 
     assert len(misses(norm, tokens)) == 1
+
+
+@pytest.mark.usefixtures("empty_caches", "fresh_reports")
+def test_a_width_that_is_asked_for_is_no_guard() -> None:
+    """Whether the factor is the root of this width changes what is told, and nothing else."""
+
+    def graphs(backend: str, **kwargs: Any) -> int:
+        torch.compiler.reset()
+        counters.clear()
+        fn, _ = UNREAD["normalize"]
+        call = torch.compile(fn, backend=backend, dynamic=True, **kwargs)
+        for width in (128, 256, 64):
+            inputs = random(5, width), random(width)
+            torch.testing.assert_close(call(*inputs), fn(*inputs), rtol=3e-2, atol=3e-2)
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs("fusion_passes") == graphs("inductor")
+    assert len(fusion_passes.report().near_misses) == 1

@@ -10,24 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from custom_ops.moe import choice, experts_hopper
-from custom_ops.moe.parts import Pipeline
 from custom_ops.moe.problem import Problem
 from tests.custom_ops.helpers import assert_same_bits
+from tests.custom_ops.moe.pipelines import REFUSED, here, pipeline_of
 from tests.custom_ops.moe.problems import ROUTINGS, Shape, assert_as_good, shapes
 
 PLAIN = Shape(tokens=5, top_k=2, experts=4, hidden=256, intermediate=128)
 (EXPERTS,) = experts_hopper.EXPERTS
-
-
-def pipeline_of() -> Pipeline:
-    return choice.pipelines()[EXPERTS.name]
-
-
-def here() -> Pipeline:
-    pipeline = pipeline_of()
-    if reason := pipeline.experts.unavailable(torch.device("cuda")):
-        pytest.skip(reason)
-    return pipeline
 
 
 # --- anywhere ----------------------------------------------------------------------------------------------------
@@ -36,7 +25,7 @@ def here() -> Pipeline:
 @settings(max_examples=40)
 @given(shapes(tokens=[1, 7], hidden=[128, 200], intermediate=[128, 136]))
 def test_what_is_taken_is_what_the_kernels_compute(shape):
-    reason = pipeline_of().unsupported(shape.problem("cpu"))
+    reason = pipeline_of(EXPERTS).unsupported(shape.problem("cpu"))
     taken = (
         shape.weights == "16_bit"
         and shape.dtype == torch.bfloat16
@@ -51,22 +40,17 @@ def test_what_is_taken_is_what_the_kernels_compute(shape):
     ("change", "said"),
     [
         ({"dtype": torch.float16}, "writes torch.bfloat16, hidden_states are torch.float16"),
-        ({"activation": "relu2"}, "applies silu_mul of halves"),
-        ({"interleaved": True}, "applies silu_mul of halves"),
-        ({"biased": True}, "adds no bias"),
-        ({"hidden": 192}, "needs hidden_size a multiple of 128, it is 192"),
-        ({"intermediate": 64}, "needs intermediate_size a multiple of 128, it is 64"),
-        ({"transposed": True}, "reads contiguous weights, the strides of gate_up"),
+        *REFUSED,
     ],
 )
 def test_what_is_refused_says_why(change, said):
     shape = dataclasses.replace(PLAIN, **change)
-    assert said in str(pipeline_of().unsupported(shape.problem("cpu")))
+    assert said in str(pipeline_of(EXPERTS).unsupported(shape.problem("cpu")))
 
 
 def test_more_experts_than_it_counts_are_refused():
     shape = dataclasses.replace(PLAIN, experts=257, hidden=128)
-    reason = pipeline_of().unsupported(shape.problem("cpu"))
+    reason = pipeline_of(EXPERTS).unsupported(shape.problem("cpu"))
     assert reason == "takes 1 to 256 experts, here are 257"
 
 
@@ -87,7 +71,7 @@ def test_a_table_must_ask_for_it(monkeypatch):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_against_float64(data):
-    pipeline = here()
+    pipeline = here(EXPERTS)
     shape = data.draw(
         shapes(
             weights="16_bit",
@@ -112,7 +96,7 @@ def test_against_float64(data):
 @pytest.mark.gpu
 def test_a_token_does_not_depend_on_how_many_there_are():
     """Every number of rows of an expert, through every tile and every cut of an expert into tiles: bit for bit."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     most = 700
     shape = Shape(most, 1, 1, 256, 256)
     problem = shape.problem("cuda")
@@ -125,7 +109,7 @@ def test_a_token_does_not_depend_on_how_many_there_are():
 @pytest.mark.gpu
 def test_nan_and_infinity_stay_with_their_token():
     """Rows of padding read the first token; nothing of it reaches another one."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     shape = Shape(37, 2, 8, 256, 256)
     args, kwargs = shape.call("cuda")
     clean = pipeline(Problem.of(*args, **kwargs))
@@ -139,7 +123,7 @@ def test_nan_and_infinity_stay_with_their_token():
 
 @pytest.mark.gpu
 def test_many_experts_and_tiles_give_the_same_bits_every_time_and_in_a_graph():
-    pipeline = here()
+    pipeline = here(EXPERTS)
     shape = Shape(2048, 8, 128, 512, 384, routing="skewed")
     args, kwargs = shape.call("cuda")
     problem = Problem.of(*args, **kwargs)
@@ -158,7 +142,7 @@ def test_many_experts_and_tiles_give_the_same_bits_every_time_and_in_a_graph():
 
 @pytest.mark.gpu
 def test_tokens_of_any_strides_are_read():
-    pipeline = here()
+    pipeline = here(EXPERTS)
     args, kwargs = Shape(33, 2, 4, 256, 128).call("cuda")
     expected = pipeline(Problem.of(*args, **kwargs))
     wide = torch.zeros(33, 304, dtype=torch.bfloat16, device="cuda")

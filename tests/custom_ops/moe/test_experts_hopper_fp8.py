@@ -11,25 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from custom_ops.moe import choice, experts_hopper_fp8
-from custom_ops.moe.parts import Pipeline
 from custom_ops.moe.problem import Problem
 from tests.custom_ops.helpers import assert_same_bits
+from tests.custom_ops.moe.pipelines import REFUSED, here, pipeline_of
 from tests.custom_ops.moe.problems import ROUTINGS, Shape, assert_as_good, shapes
 from tests.custom_ops.moe.products import MODELS, Products
 
 PLAIN = Shape(tokens=5, top_k=2, experts=4, hidden=256, intermediate=128, weights="fp8_block")
 (EXPERTS,) = experts_hopper_fp8.EXPERTS
-
-
-def pipeline_of() -> Pipeline:
-    return choice.pipelines()[EXPERTS.name]
-
-
-def here() -> Pipeline:
-    pipeline = pipeline_of()
-    if reason := pipeline.experts.unavailable(torch.device("cuda")):
-        pytest.skip(reason)
-    return pipeline
 
 
 def triton(problem: Problem) -> Tensor:
@@ -51,7 +40,7 @@ def assert_alike(ours: Tensor, theirs: Tensor) -> None:
 @settings(max_examples=40)
 @given(shapes(tokens=[1, 7], hidden=[128, 200], intermediate=[128, 136]))
 def test_what_is_taken_is_what_the_kernels_compute(shape):
-    reason = pipeline_of().unsupported(shape.problem("cpu"))
+    reason = pipeline_of(EXPERTS).unsupported(shape.problem("cpu"))
     taken = (
         shape.weights == "fp8_block"
         and shape.dtype == torch.bfloat16
@@ -66,18 +55,13 @@ def test_what_is_taken_is_what_the_kernels_compute(shape):
     ("change", "said"),
     [
         ({"dtype": torch.float16}, "writes torch.bfloat16, the result is torch.float16"),
-        ({"activation": "relu2"}, "applies silu_mul of halves"),
-        ({"interleaved": True}, "applies silu_mul of halves"),
-        ({"biased": True}, "adds no bias"),
-        ({"hidden": 192}, "needs hidden_size a multiple of 128, it is 192"),
-        ({"intermediate": 64}, "needs intermediate_size a multiple of 128, it is 64"),
-        ({"transposed": True}, "reads contiguous weights, the strides of gate_up"),
+        *REFUSED,
         ({"apart": True}, "reads gate and up as one weight, here are two"),
     ],
 )
 def test_what_is_refused_says_why(change, said):
     shape = dataclasses.replace(PLAIN, **change)
-    assert said in str(pipeline_of().unsupported(shape.problem("cpu")))
+    assert said in str(pipeline_of(EXPERTS).unsupported(shape.problem("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +73,7 @@ def test_what_is_refused_says_why(change, said):
 )
 def test_other_ways_to_quantize_are_refused(change, said):
     problem = dataclasses.replace(PLAIN.problem("cpu"), **change)
-    assert pipeline_of().unsupported(problem) == said
+    assert pipeline_of(EXPERTS).unsupported(problem) == said
 
 
 def test_a_table_must_ask_for_it(monkeypatch):
@@ -108,7 +92,7 @@ def test_a_table_must_ask_for_it(monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_bits_of_triton(data):
-    pipeline = here()
+    pipeline = here(EXPERTS)
     shape = data.draw(
         shapes(
             weights="fp8_block",
@@ -139,7 +123,7 @@ def test_the_bits_of_triton(data):
 @pytest.mark.parametrize("model", MODELS)
 def test_sizes_of_models(model, tokens, routing):
     """Three times: which multiprocessor has which tile is another thing each time."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     problem = Products.of(tokens, *MODELS[model], routing).problem()
     expected = triton(problem)
     for _ in range(3):
@@ -149,7 +133,7 @@ def test_sizes_of_models(model, tokens, routing):
 @pytest.mark.gpu
 def test_a_token_does_not_depend_on_how_many_there_are():
     """Blocks with every number of pairs, halves that are shared and halves that are not: bit for bit."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     problem = Shape(400, 1, 1, 256, 256, weights="fp8_block").problem("cuda")
     whole = pipeline(problem)
     assert_as_good(whole, problem)
@@ -161,7 +145,7 @@ def test_a_token_does_not_depend_on_how_many_there_are():
 @pytest.mark.parametrize("factor", [1e4, 1e30, float("inf"), float("nan")])
 def test_sums_without_end_stay_with_their_token(factor):
     """Activations beyond bfloat16 and scales without end: what eager makes of them, in their rows alone."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     shape = Shape(137, 2, 3, 256, 256, weights="fp8_block")
     args, kwargs = shape.call("cuda")
     clean = pipeline(Problem.of(*args, **kwargs))
@@ -177,7 +161,7 @@ def test_sums_without_end_stay_with_their_token(factor):
 @pytest.mark.gpu
 def test_silu_of_all_gates():
     """A row of 1 and -1 times its scale, through an identity: of all 65536 bfloat16, Triton's exact steps."""
-    pipeline = here()
+    pipeline = here(EXPERTS)
     width = 128
     scale = torch.arange(1 << 15, dtype=torch.int32, device="cuda").to(torch.int16)
     scale = scale.view(torch.bfloat16).float().unsqueeze(1)
@@ -198,7 +182,7 @@ def test_silu_of_all_gates():
 
 @pytest.mark.gpu
 def test_experts_that_are_all_elsewhere_have_no_tile():
-    pipeline = here()
+    pipeline = here(EXPERTS)
     problem = Shape(40, 1, 4, 256, 128, weights="fp8_block", elsewhere=True).problem("cuda")
     problem.topk_ids.fill_(1)  # every other one is elsewhere
     assert not pipeline(problem).any()
@@ -206,7 +190,7 @@ def test_experts_that_are_all_elsewhere_have_no_tile():
 
 @pytest.mark.gpu
 def test_a_graph_hands_out_all_tiles_at_each_replay():
-    pipeline = here()
+    pipeline = here(EXPERTS)
     problem = Shape(2048, 8, 128, 512, 384, weights="fp8_block", routing="skewed").problem("cuda")
     expected = pipeline(problem)
     graph = torch.cuda.CUDAGraph()
@@ -221,7 +205,7 @@ def test_a_graph_hands_out_all_tiles_at_each_replay():
 
 @pytest.mark.gpu
 def test_tokens_of_any_strides_are_read():
-    pipeline = here()
+    pipeline = here(EXPERTS)
     args, kwargs = Shape(33, 2, 4, 256, 128, weights="fp8_block").call("cuda")
     expected = pipeline(Problem.of(*args, **kwargs))
     wide = torch.zeros(33, 304, dtype=torch.bfloat16, device="cuda")
