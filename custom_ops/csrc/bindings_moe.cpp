@@ -6,6 +6,7 @@ namespace {
 using namespace custom_ops;
 
 constexpr char kAlign[] = "moe_align_block_size";
+constexpr char kAlignQuant[] = "moe_align_group_quant";
 constexpr char kPermute[] = "moe_permute";
 constexpr char kPermuteQuant[] = "moe_permute_group_quant";
 constexpr char kUnpermute[] = "moe_unpermute";
@@ -83,6 +84,23 @@ void launch_align(const char* op, AlignArgs& args, int32_t device, cudaStream_t 
   check_launch(op, moe_align(args, stream));
 }
 
+struct Blocks {
+  Tensor sorted_ids;
+  Tensor block_experts;
+  Tensor num_padded;
+  AlignArgs args;
+};
+
+Blocks empty_blocks(const char* op, const Pairs& pairs, int64_t block_size, int32_t device) {
+  const AlignArgs args = align_args(op, pairs, block_size);
+  Blocks out{empty_int32(args.rows, device), empty_int32(args.rows / block_size, device), empty_int32(1, device), args};
+  out.args.slots = int32s(out.sorted_ids);
+  out.args.fill = args.pairs;
+  out.args.block_experts = int32s(out.block_experts);
+  out.args.num_padded = int32s(out.num_padded);
+  return out;
+}
+
 // (topk_ids, block_size, num_experts, expert_map) -> (sorted_ids, block_experts, num_padded)
 void align_op(StableIValue* stack, uint64_t, uint64_t) {
   MoeArguments arguments(stack);
@@ -94,19 +112,12 @@ void align_op(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t device = ids.device();
   const DeviceGuard guard(device);
   const Pairs pairs = pairs_of(kAlign, std::move(ids), experts, std::move(map), device);
-  AlignArgs args = align_args(kAlign, pairs, block_size);
-  Tensor sorted_ids = empty_int32(args.rows, device);
-  Tensor block_experts = empty_int32(args.rows / block_size, device);
-  Tensor num_padded = empty_int32(1, device);
-  args.slots = int32s(sorted_ids);
-  args.fill = args.pairs;
-  args.block_experts = int32s(block_experts);
-  args.num_padded = int32s(num_padded);
-  args.next_waits = true;  // the grouped products, which only ask for weights before
-  launch_align(kAlign, args, device, current_stream(device));
-  put(stack[0], sorted_ids);
-  put(stack[1], block_experts);
-  put(stack[2], num_padded);
+  Blocks out = empty_blocks(kAlign, pairs, block_size, device);
+  out.args.next_waits = true;  // the grouped products, which only ask for weights before
+  launch_align(kAlign, out.args, device, current_stream(device));
+  put(stack[0], out.sorted_ids);
+  put(stack[1], out.block_experts);
+  put(stack[2], out.num_padded);
 }
 
 // ---- tokens to rows and back ----------------------------------------------------------------------------
@@ -206,6 +217,43 @@ void permute_quant_op(StableIValue* stack, uint64_t, uint64_t) {
   put(stack[4], out.offsets);
 }
 
+// (x, topk_ids, block_size, num_experts, group_size, expert_map, the keywords of groups)
+// -> (codes, scale, sorted_ids, block_experts, num_padded)
+void align_quant_op(StableIValue* stack, uint64_t, uint64_t) {
+  MoeArguments arguments(stack);
+  Tensor x_tensor = arguments.tensor();
+  Tensor ids = arguments.tensor();
+  const int64_t block_size = arguments.integer();
+  const int64_t experts = arguments.integer();
+  QuantOptions options;
+  options.group_size = arguments.integer();
+  Tensor map = arguments.optional_tensor();
+  Arguments keywords = arguments.rest();
+  take_keywords<Scheme::group>(keywords, options);
+  const Dtype dtype = float16_of(kAlignQuant, "x", x_tensor);
+  const int32_t device = x_tensor.device();
+  const DeviceGuard guard(device);
+  const Pairs pairs = pairs_of(kAlignQuant, std::move(ids), experts, std::move(map), device);
+  const Rows x = tokens_of(kAlignQuant, std::move(x_tensor), pairs);
+  check_quant<Scheme::group>(kAlignQuant, options, x.keep, x.cols);
+  Blocks out = empty_blocks(kAlignQuant, pairs, block_size, device);
+  Source source{};
+  source.activation = Activation::none;
+  source.x = x.matrix;
+  Quantized raw{};
+  // before the scratch of the sort is made and goes again, in whose memory this would else begin to write
+  QuantOut quantized = empty_groups(x, options, quant_rule(kAlignQuant, options, dtype), raw);
+  const cudaStream_t stream = current_stream(device);
+  launch_align(kAlignQuant, out.args, device, stream);
+  raw.beside = true;
+  check_launch(kAlignQuant, group_quant(dtype, source, x.rows, x.cols, raw, stream));
+  put(stack[0], quantized.codes);
+  put(stack[1], quantized.scale);
+  put(stack[2], out.sorted_ids);
+  put(stack[3], out.block_experts);
+  put(stack[4], out.num_padded);
+}
+
 // The sum over the pairs of each token, once `p` says which rows they have.
 Tensor weighted_sum(const char* op, Dtype dtype, SumArgs& p, const Rows& rows, const Tensor& weights, int64_t pairs) {
   const int32_t device = rows.keep.device();
@@ -283,6 +331,11 @@ void reduce_op(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
   m.def("moe_align_block_size(Tensor topk_ids, int block_size, int num_experts, *, Tensor? expert_map=None)"
         " -> (Tensor sorted_ids, Tensor block_experts, Tensor num_padded)");
+  m.def(("moe_align_group_quant(Tensor x, Tensor topk_ids, int block_size, int num_experts, int group_size, *,"
+         " Tensor? expert_map=None, " +
+         quant_keywords(Scheme::group) +
+         ") -> (Tensor codes, Tensor scale, Tensor sorted_ids, Tensor block_experts, Tensor num_padded)")
+            .c_str());
   m.def("moe_permute(Tensor x, Tensor topk_ids, int num_experts, *, int align=1, Tensor? expert_map=None)"
         " -> (Tensor rows, Tensor row_of_pair, Tensor row_experts, Tensor offsets)");
   m.def(("moe_permute_group_quant(Tensor x, Tensor topk_ids, int num_experts, int group_size, *, int align=1,"
@@ -297,6 +350,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ops_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(custom_ops_cuda, CUDA, m) {
   m.impl(kAlign, &align_op);
+  m.impl(kAlignQuant, &align_quant_op);
   m.impl(kPermute, &permute_op);
   m.impl(kPermuteQuant, &permute_quant_op);
   m.impl(kUnpermute, &unpermute_op);

@@ -77,6 +77,9 @@ struct Quantized {
   int group_shift;  // its logarithm
   bool packed;      // exponents, four to an element
   QuantRule rule;
+  // Of group_quant: the kernel ahead may run beside it, which lets it begin when all before that one is done, and shares
+  // no memory with it. It ends after that one, for what comes next.
+  bool beside = false;
 };
 
 // Codes (contiguous) of a tensor with one scale. It is either given, or comes of `maxima`, a place on the device for

@@ -182,8 +182,15 @@ struct ToGroups {
     group_amax(v, quantized.group_size, out.rule.min_amax, amax);
     codes_of<U>(v, amax, out.rule, codes, scale);
     if (at.left > 0) store_quantized<S>(codes, scale, to, at.left, at.col, cols, quantized);
+    if (out.beside) wait_for_first();
   }
 };
+
+template <typename T, Usual U>
+bool begins_early(const ToGroups<T, U>& to) {
+  bool can;
+  return to.out.beside && can_begin_early(can) == cudaSuccess && can;
+}
 
 // A second pass has fewer blocks than tiles: a block asks the first pass for its result once, and then goes on.
 template <typename T, int N, int R, bool Aligned, bool Along, typename From, typename To>

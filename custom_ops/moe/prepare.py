@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from custom_ops import library
 from custom_ops.gemm.reference import BLOCK
 from custom_ops.moe.parts import Experts, ExpertTokensMetadata, Prepare, Prepared, count_tokens
 from custom_ops.moe.problem import Problem, Sizes
@@ -13,6 +14,7 @@ from custom_ops.moe.tiles import Aligned
 from custom_ops.scales import empty_scale, known, pitch_of, quant_spec
 
 _INT, _FLOAT = 4, 4
+SORTED_BY_ONE = 512  # pairs, up to which one block of threads sorts them all
 
 
 def _as_is(problem: Problem, experts: Experts) -> Prepared:
@@ -24,8 +26,44 @@ def _index(problem: Problem, experts: Experts) -> Prepared:
 
 
 def _index_quantized(problem: Problem, experts: Experts) -> Prepared:
+    if _beside_each_other(problem, experts):
+        from custom_ops.moe.experts_hopper import op
+
+        block_size = experts.align(problem)
+        x, scale, sorted_ids, block_experts, num_padded = op("moe_align_group_quant")(
+            problem.hidden_states,
+            problem.topk_ids,
+            block_size,
+            problem.sizes.num_experts,
+            BLOCK,
+            expert_map=problem.expert_map,
+            **problem.quantization,
+        )
+        aligned = Aligned(sorted_ids, block_experts, num_padded, block_size)
+        return Prepared(x, scale, ExpertTokensMetadata(aligned=aligned))
     x, scale = _codes(problem)
     return Prepared(x, scale, _aligned(problem, experts))
+
+
+def _beside_each_other(problem: Problem, experts: Experts) -> bool:
+    """Whether sorting pairs and quantizing tokens are both for CUDA C++, where a GPU does them at the same time.
+
+    A Qwen3-30B-A3B block on an H100 then takes 477 microseconds of 483 for 4096 tokens and 244 of 247 for 512, but 223
+    of 222 for 64, whose pairs one block of threads sorts.
+    """
+    from custom_ops.jit import tracing
+
+    x, hidden = problem.hidden_states, problem.sizes.hidden_size
+    if problem.hidden_scale is not None or x.device.type != "cuda" or hidden % BLOCK:
+        return False
+    if tracing.current() is not None or problem.sizes.pairs <= SORTED_BY_ONE:
+        return False
+    align = (problem.topk_ids, experts.align(problem), problem.sizes.num_experts)
+    choices = (
+        library.explain("group_quant", x, BLOCK, **problem.quantization),
+        library.explain("moe_align_block_size", *align, expert_map=problem.expert_map),
+    )
+    return all(choice.implementation and choice.implementation.name == "cuda" for choice in choices)
 
 
 def _quantize(problem: Problem, experts: Experts) -> Prepared:
