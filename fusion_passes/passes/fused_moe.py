@@ -18,6 +18,7 @@ from torch import fx
 
 from fusion_passes.experts import block
 from fusion_passes.fusion import Fusion
+from fusion_passes.operations import shape_of
 from fusion_passes.places import Place
 from fusion_passes.reporting import NearMiss
 from fusion_passes.rewriting import Rewrite
@@ -78,7 +79,7 @@ def _pairs(
     rows = m.emit(aten.mul.Tensor, rows, m.view(weights, (tokens, top_k, 1)))
     if wide:
         rows = m.cast(rows, dtype)
-    ones = m.emit(aten.full_like.default, m.view(weights, (tokens * top_k, 1)), 1.0)
+    ones = m.view(m.full(weights, shape_of(weights), 1.0), (tokens * top_k, 1))
     return m.view(rows, (tokens * top_k, hidden_size)), ones, m.view(ids, (tokens * top_k, 1))
 
 

@@ -127,6 +127,26 @@ def test_weights_first_are_no_worse_than_eager():
         assert ours <= 1.02 * eagers + 1e-6 * float(judge.norm())
 
 
+@pytest.mark.usefixtures("empty_caches")
+@pytest.mark.parametrize("name", ["torchtitan", "torchtitan, weights first", "torchtune"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_to_the_end(name, dynamic, monkeypatch):
+    """What a rewrite writes, Inductor has code for: of its last graph it decomposes nothing any more."""
+    from fusion_passes.backend import fusion_passes as backend
+
+    monkeypatch.setenv("FUSION_PASSES_ALLOW_REFERENCE", "1")
+    torch.compiler.reset()
+    form = replace(PUBLIC[name], tokens=5)
+    block, x = Block(form), Block(form).inputs()
+    with torch.no_grad():
+        expected = block(x)
+        options = {"fusions": "fused_moe"}
+        actual = torch.compile(block, backend=backend, options=options, dynamic=dynamic)(x)
+    report = fusion_passes.report()
+    assert report.matches == {"fused_moe": 1}, report
+    assert float((actual - expected).norm()) < 0.02 * float(expected.norm())
+
+
 @pytest.mark.parametrize("form", ["grouped", "einsum", "batched"])
 def test_gate_is_the_one_that_is_activated(form):
     """Whichever was made first, and on whichever side of the product it is."""
