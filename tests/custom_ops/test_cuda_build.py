@@ -331,12 +331,13 @@ def test_compiled_library_loads_with_the_schemas_of_the_ops(
         for name, op in library.ops().items()
         if any(each.name == "cuda" and each.direct for each in op.implementations)
     }
-    # see custom_ops/lora/hopper.py and custom_ops/moe/experts_hopper*.py
+    # see custom_ops/lora/hopper.py, custom_ops/moe/prepare.py and custom_ops/moe/experts_hopper*.py
     called_by_others = {
         "lora_batch_expand",
         "lora_batch_shrink",
         "lora_decode",
         "lora_prefill",
+        "moe_align_group_quant",
         "moe_fp8_down",
         "moe_fp8_gate_up",
         "moe_grouped_down",
