@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fusion_passes import index_map, verify
-from fusion_passes.experts import combining, first_products, misses
+from fusion_passes.experts import combining, first_products
 from fusion_passes.experts.activations import activation_of
 from fusion_passes.experts.products import (
     Product,
@@ -40,6 +40,7 @@ from fusion_passes.experts.reading import (
     strip,
 )
 from fusion_passes.experts.routing import Index, Routing, experts_of_router
+from fusion_passes.experts.spread import Spread
 from fusion_passes.fusion import Fusion
 from fusion_passes.index_map import Size
 from fusion_passes.operations import module_path, read
@@ -61,7 +62,8 @@ class Block:
     before: first_products.Weighted | None = None
     hidden_states: fx.Node | None = None
     down_bias: fx.Node | None = None
-    topk_weights: fx.Node | None = None
+    topk_weights: fx.Node | None = None  # or, where all tokens go through all experts:
+    spread: Spread | None = None
     weights_dtype: torch.dtype | None = None  # in which they are multiplied, once they are found
     quantization: Quantized | None = None
     output: fx.Node | None = None
@@ -82,17 +84,6 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
                 products[node] = product_at(node)
             except Unlike as why:
                 miss(node, why)
-        elif misses.is_dense(node):
-            miss(
-                node,
-                Unlike(
-                    node,
-                    f"{node.name} gives every expert rows of its own: none is routed, but all of them or as many as "
-                    "an expert has room for are multiplied",
-                ),
-            )
-    if not products and not missed:
-        missed += misses.unproductive(fusion, graph)
     by_ids: dict[fx.Node, list[Product]] = {}
     ups = first_products.ups(graph, products)
     for product in products.values():
@@ -109,7 +100,7 @@ def find(fusion: Fusion, graph: fx.Graph) -> Iterable[Place | NearMiss]:
             continue
         for second in group[1::2]:
             try:
-                yield _place(fusion, graph, _block(second, products))
+                yield place(fusion, graph, _block(second, products))
             except Unlike as why:
                 miss(second.node, why)
     yield from dict.fromkeys(missed)  # each product of a block may miss for one and the same reason
@@ -253,17 +244,17 @@ def _finish(block: Block) -> None:
             total = combining.Total(node, pairs, 1, block.second.weight.shape[1])
         if total is None:
             block.inside.append(node)
-    _measure(block, total)
+    measure(block, total)
     # a sum in float32 is rounded once, by the cast that follows
     block.output = total.node
     if block.before is not None:
         block.topk_weights, block.weights_dtype = block.before.weights, block.before.dtype
     if dtype_of(total.node) is not dtype:
-        block.output = _cast_to(total.node, dtype)
+        block.output = cast_to(total.node, dtype)
         block.inside.append(total.node)
 
 
-def _measure(block: Block, total: combining.Total) -> None:
+def measure(block: Block, total: combining.Total) -> None:
     """The sizes of the whole, and whether the weights are of these sizes."""
     experts, features, width = block.first.weight.shape
     if block.up is not None:
@@ -289,7 +280,7 @@ def _measure(block: Block, total: combining.Total) -> None:
         )
 
 
-def _cast_to(total: fx.Node, dtype: torch.dtype) -> fx.Node:
+def cast_to(total: fx.Node, dtype: torch.dtype) -> fx.Node:
     reader = only_reader(total)
     if reader.target is not CAST or dtype_of(reader) is not dtype:
         raise Unlike(
@@ -324,7 +315,7 @@ def _quantized(block: Block, between: Quantized | None) -> None:
     block.hidden_states, block.quantization = hidden.values, hidden
 
 
-def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
+def place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
     assert block.output is not None
     first, second = block.first.weight, block.second.weight
     inputs = {
@@ -333,7 +324,8 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
         "up": None if block.up is None else block.up.weight.value,
         "down": second.value,
         "topk_weights": block.topk_weights,
-        "topk_ids": block.routing.ids,
+        "topk_ids": block.routing.ids if block.spread is None else None,
+        "scores": None if block.spread is None else block.spread.scores,
         "gate_up_bias": block.gate_up_bias,
         "down_bias": block.down_bias,
         "gate_up_scale": first.scale,
@@ -341,15 +333,17 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
     }
     firsts = 1 if block.up is None else 2
     weights = firsts * index_map.product(first.shape) + index_map.product(second.shape)
-    pairs = block.sizes["num_tokens"] * block.sizes["top_k"]
-    copies = block.second.copies_weights
+    tokens = block.sizes["num_tokens"]
+    pairs = tokens * block.sizes["top_k"]
+    copies = block.second.copies_weights and block.spread is None
     sizes = block.sizes | {
+        "multiplied_rows": pairs if block.spread is None else tokens * first.shape[0],
         # elements that are written and read again besides the rows
         "copied_weights": weights // first.shape[0] * pairs if copies else 0,
         "dequantized_weights": weights if first.scale is not None else 0,
     }
     words = [
-        "batched" if copies else "grouped",
+        "dense" if block.spread is not None else "batched" if copies else "grouped",
         block.activation["activation"],
         *(["weights first"] if block.before is not None else []),
         *(["gate and up apart"] if block.up is not None else []),
@@ -382,6 +376,7 @@ def _place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
             "keywords": keywords,
             "weights_dtype": block.weights_dtype,
             "before": block.before,
+            "spread": block.spread,
             "transposed": {
                 "gate_up": first.transposed,
                 "up": first.transposed,

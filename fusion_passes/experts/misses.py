@@ -43,19 +43,20 @@ def unproductive(fusion: Fusion, graph: fx.Graph) -> Iterable[NearMiss]:
 
 def is_dense(node: fx.Node) -> bool:
     """Whether a node is the second product of experts that all have the same number of rows."""
-    if not _of_a_weight(node):
+    if not multiplies_a_weight(node):
         return False
     experts = shape_of(node)[0]
     for value in behind(node.args[0]):
         operation = describe(value)
         if operation is not None and operation.kind == "reduction":
             return False  # as a softmax has them: attention over keys and values that are given
-        if _of_a_weight(value) and index_map.same_size(shape_of(value)[0], experts):
+        if multiplies_a_weight(value) and index_map.same_size(shape_of(value)[0], experts):
             return True
     return False
 
 
-def _of_a_weight(node: fx.Node) -> bool:
+def multiplies_a_weight(node: fx.Node) -> bool:
+    """Whether a node is a product of as many matrices, the second of them given to the graph."""
     if node.target is not aten.bmm.default:
         return False
     weight = strip(node.args[1])

@@ -121,7 +121,9 @@ def _grouped(node: fx.Node) -> Product:
                 else ""
             ),
         )
-    return Product(node, strip(rows), _weight(weight, transposed=True), Routing(ids, experts), True)
+    return Product(
+        node, strip(rows), weight_of(weight, transposed=True), Routing(ids, experts), True
+    )
 
 
 def _batched(node: fx.Node) -> Product:
@@ -144,7 +146,7 @@ def _batched(node: fx.Node) -> Product:
             raise Unlike(node, f"{node.name} does not multiply rows of {inner} channels")
         batch, pairs = shape_of(node)[0], numel(index)
         each = None if index_map.same_size(batch, pairs) else index_map.divide(pairs, batch)
-        return Product(node, rows, _weight(weight, transposed), routing, read.sorted, each)
+        return Product(node, rows, weight_of(weight, transposed), routing, read.sorted, each)
     raise AssertionError("not an expert product")
 
 
@@ -192,7 +194,7 @@ def _transpose_of(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _weight(node: fx.Node, transposed: bool) -> Weight:
+def weight_of(node: fx.Node, transposed: bool) -> Weight:
     value, swapped = _untransposed(node)
     transposed ^= swapped
     found = _matched(_DEQUANTIZED_WEIGHT, value)

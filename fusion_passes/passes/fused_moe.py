@@ -2,6 +2,7 @@
 
     sort, count, gather, grouped product, activation, grouped product, top-k weights, un-permute, sum
     a matrix for each pair, bmm, activation, bmm, top-k weights, sum
+    all tokens for each expert, bmm, activation, bmm, weights of which all but the top-k are 0, sum
 
         ->   fused_moe(hidden_states, gate_up, down, topk_weights, topk_ids, ...)
 
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_passes.experts import block
+from fusion_passes.experts import block, dense, misses
+from fusion_passes.experts.spread import Spread
 from fusion_passes.fusion import Fusion
 from fusion_passes.operations import shape_of
 from fusion_passes.places import Place
@@ -27,7 +29,8 @@ aten = torch.ops.aten
 
 
 def _find(graph: fx.Graph) -> Iterable[Place | NearMiss]:
-    return block.find(FUSION, graph)
+    found = [*block.find(FUSION, graph), *dense.find(FUSION, graph)]
+    return found or misses.unproductive(FUSION, graph)
 
 
 def _rewrite(m: Rewrite) -> tuple[Any, ...]:
@@ -40,12 +43,15 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
         for name in ("gate_up", "down", "up")
         if name in inputs
     }
-    topk_weights = inputs["topk_weights"]
+    if constants["spread"] is None:
+        topk_weights, topk_ids = inputs["topk_weights"], inputs["topk_ids"]
+    else:
+        topk_weights, topk_ids = _gathered(m, constants["spread"])
     if topk_weights.meta["val"].dtype is not constants["weights_dtype"]:
         topk_weights = m.cast(topk_weights, constants["weights_dtype"])
     rows = m.view(inputs["hidden_states"], (tokens, hidden_size))
     topk_weights = m.view(topk_weights, (tokens, top_k))
-    topk_ids = m.view(inputs["topk_ids"], (tokens, top_k))
+    topk_ids = m.view(topk_ids, (tokens, top_k))
     before = constants["before"]
     if before is not None:
         rows, topk_weights, topk_ids = _pairs(m, rows, topk_weights, topk_ids, before.wide)
@@ -65,6 +71,15 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
         each = m.view(out, (tokens, top_k, hidden_size))
         out = m.emit(aten.sum.dim_IntList, each, [1])  # in float32, and rounded once
     return (out,)
+
+
+def _gathered(m: Rewrite, spread: Spread) -> tuple[fx.Node, fx.Node]:
+    """The top-k weights of a matrix of weights, made of what was written to it, and their ids."""
+    weights = spread.written
+    for node in spread.then:
+        args = fx.node.map_arg(node.args, lambda _, now=weights: now)
+        weights = m.emit(node.target, *args)
+    return weights, spread.ids
 
 
 def _pairs(
@@ -94,8 +109,9 @@ FUSION = Fusion(
     rewrite=_rewrite,
     # Both sides read the weights of the experts that are hit, and write and read the two results of pairs. Stock also
     # writes the rows in order and the first product before its activation, a matrix for each pair in the batched form,
-    # and FP8 weights in 16 bits.
-    bytes_before=f"2*{_PAIRS}*(4*hidden_size + 2*up_features + 2*intermediate_size) + 4*num_tokens*hidden_size"
+    # and FP8 weights in 16 bits. In the dense form rows are of all tokens and experts (that all weights are read
+    # there is not counted).
+    bytes_before="2*multiplied_rows*(4*hidden_size + 2*up_features + 2*intermediate_size) + 4*num_tokens*hidden_size"
     " + 4*copied_weights + 5*dequantized_weights",
     bytes_after=f"2*{_PAIRS}*(3*hidden_size + 2*intermediate_size) + 2*num_tokens*hidden_size"
     " + dequantized_weights",

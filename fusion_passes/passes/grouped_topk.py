@@ -23,7 +23,7 @@ FUSION = Fusion(
     name="grouped_topk",
     summary="top-k experts of the best groups, of a router",
     stage=1,
-    priority=2,
+    priority=0,  # after fused_moe, which reads weights and ids wherever they are written to first
     find=_find,
     rewrite=routers.rewrite,
     # stock: the scores are written and read by top-k, and so is what comes after it

@@ -15,7 +15,7 @@ from torch import fx
 import fusion_passes
 from fusion_passes import registry, verify
 from fusion_passes.testing import Result, fuse
-from tests.models.moe_zoo import build, tokens
+from tests.models.moe_zoo import TOP_K, build, tokens
 
 pytest.importorskip("transformers", reason="needs the extra 'models'")
 
@@ -176,17 +176,30 @@ def test_models_that_no_walk_was_written_for(kind: str, router: str) -> None:
             {"fused_moe": 1},
             r"the top-k ids are made by index \(index\w*\), where topk is",
         ),
-        ("llama4_text", {}, r"bmm\w* gives every expert rows of its own: none is routed"),
     ],
 )
 def test_what_does_not_fuse_is_reported(kind: str, matches: dict[str, int], reason: str) -> None:
     """A router of another kind leaves the experts to be fused; experts of another kind stay."""
-    implementation = None if kind == "llama4_text" else "grouped_mm"
-    result = fused(kind, implementation, "bf16", 1, count=7)
+    result = fused(kind, "grouped_mm", "bf16", 1, count=7)
     assert result.report.matches == matches
     misses = [miss for miss in result.report.near_misses if miss.fusion in FUSIONS]
     assert any(re.search(reason, miss.reason) for miss in misses), misses
     assert all(miss.module for miss in misses)
+    assert_close(result)
+
+
+@pytest.mark.parametrize("top_k", [1, TOP_K])
+@pytest.mark.parametrize("count", [1, 7])
+def test_llama_4_computes_the_chosen_experts_alone(count: int, top_k: int) -> None:
+    """Its stock code multiplies all tokens with all experts, most of them by weights of 0."""
+    model = build("llama4_text", None, "bf16", LAYERS, num_experts_per_tok=top_k)
+    only = [registry()[name] for name in FUSIONS]
+    result = fuse(model, tokens(count), use_cache=False, only=only)
+    assert result.report.matches == {"fused_moe": LAYERS, "topk_sigmoid": LAYERS}, result.report
+    for site in result.report.sites:
+        assert site.fusion != "fused_moe" or site.pattern.startswith("dense")
+    left = {str(node.target) for node in result.after.graph.nodes}
+    assert not left & {"aten.bmm.default", "aten.scatter.src", "aten.repeat.default"}, left
     assert_close(result)
 
 
