@@ -11,8 +11,7 @@ sigmoid(-inf). So an expert adds 0 to each token that did not choose it, and onl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -93,16 +92,19 @@ def _block(second: fx.Node) -> Block:
     else:
         gate_up = (activation.source, activation.up)
         first, up = first_products.apart(*gate_up, products[second], products, inside)
+    if strip(first.rows) is not strip(firsts[0].args[0]):  # of which a bias may be made, too
+        raise Unlike(first.node, f"{firsts[0].name} multiplies other rows than {first.node.name}")
     if before is not None and (bias is not None or after.bias is not None):
         raise Unlike(
             second, "what experts read is weighted, and with a bias they do not make 0 of 0"
         )
     found = Block(routing, first, up, products[second], activation.words, inside, bias)
     found.hidden_states, found.down_bias = hidden_states, after.bias
-    found.spread, found.weights_dtype = spread, dtype_of(spread.matrix)
+    found.spread = spread
+    found.weights_dtype = after.dtype if before is None else before.dtype
     if before is not None:
         found.before = first_products.Weighted(
-            hidden_states, spread.matrix, dtype_of(spread.matrix), before.wide
+            hidden_states, spread.matrix, before.dtype, before.dtype is torch.float32
         )
     top_k = shape_of(spread.written)[-1]
     if not (isinstance(top_k, int) and isinstance(experts, int) and 2 * top_k <= experts):
@@ -136,12 +138,11 @@ def _first(
 # ---- what the experts read ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Before:
-    """``matrix``: what rows were multiplied with. wide: in float32, and rounded."""
+class _Before(NamedTuple):
+    """``matrix``: what rows were multiplied with, and in which dtype; they are rounded then."""
 
     matrix: fx.Node
-    wide: bool
+    dtype: torch.dtype
 
 
 def _hidden_states(
@@ -151,18 +152,18 @@ def _hidden_states(
     rows = strip(first.args[0])
     if (found := _of_all(first.args[0], None, sizes["E"])) is not None:
         return found, None
-    scaled, wide = rows, False
+    scaled = rows
     if scaled.target is CAST and dtype_of(strip(scaled.args[0])) is torch.float32:
-        scaled, wide = strip(scaled.args[0]), True
+        scaled = strip(scaled.args[0])
     if scaled.target is aten.mul.Tensor and all(map(is_tensor, scaled.args)):
         for given, other in (scaled.args, scaled.args[::-1]):
             hidden = _of_all(before_cast(given), shape_of(scaled), sizes["E"])
-            if hidden is not None and wide and hidden.target is CAST:
+            if hidden is not None and hidden.target is CAST and dtype_of(hidden) is torch.float32:
                 hidden = strip(hidden.args[0])
             matrix = factor_of(other, scaled, order_of("ETH", sizes), sizes)
             if hidden is not None and matrix is not None and dtype_of(hidden) is dtype_of(first):
                 inside += [rows, scaled]
-                return hidden, _Before(matrix, wide)
+                return hidden, _Before(matrix, dtype_of(scaled))
     raise Unlike(
         first,
         f"{first.name} gives every expert rows of its own: none is routed, but all of them or as many as an expert has "
@@ -198,6 +199,7 @@ class _After:
 
     bias: fx.Node | None = None
     matrix: fx.Node | None = None
+    dtype: torch.dtype  # in which results are multiplied with it
     total: fx.Node
 
     def __init__(self, second: fx.Node, sizes: Mapping[str, Size], inside: list[fx.Node]) -> None:
@@ -205,6 +207,8 @@ class _After:
         node = second
         while True:
             reader = only_reader(node)
+            if not any(_is(operand, node) for operand in reader.all_input_nodes):
+                raise Unlike(reader, f"{reader.name} reads only some of {node.name}, or some twice")
             if self._is_total(reader, node):
                 self.total = reader
                 return
@@ -232,6 +236,7 @@ class _After:
             others = [operand for operand in reader.args if not _is(operand, node)]
             if len(others) == 1 and is_tensor(others[0]):
                 self.matrix = factor_of(others[0], reader, self.order, self.sizes)
+                self.dtype = dtype_of(reader)
             return self.matrix is not None
         return False
 
@@ -240,7 +245,7 @@ class _After:
         experts, num_tokens, hidden_size = (self.sizes[name] for name in "ETH")
         if reader.target is aten.sum.dim_IntList:
             shape, (dims, *keeps) = shape_of(reader.args[0]), reader.args[1:]
-            if len(dims) != 1:
+            if dims is None or len(dims) != 1:
                 return False
             dim = dims[0] % len(shape)
             around = [index_map.product(part) for part in (shape[:dim], shape[dim + 1 :])]
@@ -268,7 +273,8 @@ class _After:
         )
         whole = index_map.same_size(numel(strip(weights)), num_tokens * experts)
         if fits and whole and self.order == order_of(order, self.sizes) and _is(rows, node):
-            self.matrix = strip(weights)
+            # these products are not rounded to 16 bits
+            self.matrix, self.dtype = strip(weights), torch.float32
         return self.matrix is not None
 
 

@@ -120,8 +120,9 @@ def spread_of(matrix: fx.Node, num_tokens: Size, experts: Size) -> Spread:
         raise Unlike(
             node, f"{called(node)} does not write the weights of each token by its top-k ids"
         )
-    background = number(_uncast(base))
-    if background is None or _after_all(background, dtype_of(node), then) != 0:
+    source, casts = _before_casts(base)
+    background = number(source)
+    if background is None or _after_all(background, dtype_of(source), [*casts, *then]) != 0:
         raise Unlike(node, f"{called(node)} leaves weights that are not 0 to experts nobody chose")
     return Spread(strip(matrix), ids, written, tuple(then), scores)
 
@@ -136,11 +137,14 @@ def _is_last_of(choice: fx.Node | None, weights: Size, experts: Size) -> bool:
     return last and whole and index_map.same_size(shape[-1], experts)
 
 
-def _uncast(node: fx.Node) -> fx.Node:
+def _before_casts(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """What a node is a cast of, and the casts in order."""
     node = strip(node)
+    casts: list[fx.Node] = []
     while node.target is CAST:
+        casts.insert(0, node)
         node = strip(node.args[0])
-    return node
+    return node, casts
 
 
 def _after_all(value: float, dtype: torch.dtype, operations: Sequence[fx.Node]) -> float:

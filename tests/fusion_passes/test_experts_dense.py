@@ -7,6 +7,7 @@ anew after them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -76,14 +77,14 @@ class Block(nn.Module):
         return torch.randn(*self.form.lead, self.form.hidden, generator=generator).bfloat16()
 
     def matrix(self, x: Tensor) -> Tensor:
-        """[T, E]"""
-        logits = F.linear(x, self.gate)
+        """[T, E], of scores in float32: of two that are alike a CPU takes any, and a kernel the first."""
+        logits = F.linear(x.float(), self.gate.float())
         if self.form.chosen == "sigmoid":
             values, ids = torch.topk(logits, self.form.top_k, dim=1)
             spread = torch.full_like(logits, -math.inf).scatter_(1, ids, values)
-            return torch.sigmoid(spread.float()).to(x.dtype)
+            return torch.sigmoid(spread).to(x.dtype)
         values, ids = torch.topk(logits.softmax(-1, dtype=torch.float), self.form.top_k, dim=-1)
-        return torch.zeros_like(logits).scatter_(1, ids, values.to(x.dtype))
+        return torch.zeros_like(logits, dtype=x.dtype).scatter_(1, ids, values.to(x.dtype))
 
     def sent(self, x: Tensor, matrix: Tensor) -> Tensor:
         """[E, T, H]"""
@@ -207,10 +208,18 @@ def test_a_symbolic_number_of_tokens(name):
     assert_fused(run(form, dynamic=True), form)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+FLOAT32 = {
+    "einsum": Form(back="einsum te,eth->th", experts=16, top_k=4, seed=1),
+    "rows in float32": Form(back="wide", experts=16, top_k=4, seed=1),
+}
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *FLOAT32])
 def test_no_worse_than_eager(name):
-    form = replace(PUBLIC[name], lead=(1, 33))
+    """Weights of 16 bits may be multiplied in float32."""
+    form = replace((PUBLIC | FLOAT32)[name], lead=(1, 64))
     result = run(form)
+    assert result.report.matches["fused_moe"] == 1
     (expected,), (actual,), (judge,) = result.expected, result.actual, result.judge
     ours, eagers = (float((side.double() - judge).norm()) for side in (actual, expected))
     assert ours <= 1.02 * eagers + 1e-6 * float(judge.norm())
@@ -309,6 +318,30 @@ def _twice(self, out, matrix):
     return (out * matrix.t().unsqueeze(-1) * matrix.t().unsqueeze(-1)).sum(0)
 
 
+def _some(self, out, matrix):
+    return (out * matrix.t().unsqueeze(-1))[:3].sum(0)
+
+
+def _some_twice(self, out, matrix):
+    """Experts 0 to 2 stand for 3 to 5, too."""
+    half = out.shape[0] // 2
+    out = out[:half].expand(2, -1, -1, -1).reshape(out.shape).float()
+    return (out * matrix.t().unsqueeze(-1)).sum(0).to(matrix.dtype)
+
+
+def _no_dimension(self, out, matrix):
+    total = torch.sum(out * matrix.t().unsqueeze(-1), dim=None, keepdim=True)
+    return (total[0] + matrix[:, :1]).expand(-1, out.shape[-1])
+
+
+def _background_of_bool(self, x):
+    """-inf is True, which is 1, of which the sigmoid is not 0."""
+    logits = F.linear(x, self.gate)
+    values, ids = torch.topk(logits, 2, dim=-1)
+    base = torch.full(logits.shape, -math.inf).bool().to(x.dtype)
+    return base.scatter(1, ids, values).sigmoid()
+
+
 def _channels(self, out, matrix):
     """[E] of a token's weights are taken for [H] channels, which are as many."""
     return (out * matrix.repeat(1, out.shape[-1] // matrix.shape[1])).sum(0)
@@ -325,6 +358,10 @@ ONE_STEP_AWAY = {
     "over tokens": ("total", _over_tokens, "where the product with a weight of each, or their sum"),
     "rounded rows": ("total", _rounded, "where the product with a weight of each, or their sum"),
     "weights twice": ("total", _twice, "where the product with a weight of each, or their sum"),
+    "some experts": ("total", _some, "reads only some of"),
+    "some experts twice": ("total", _some_twice, "reads only some of"),
+    "a sum without a dimension": ("total", _no_dimension, ""),
+    "a background in bool": ("matrix", _background_of_bool, "leaves weights that are not 0"),
     "weights of channels": ("total", _channels, "where the product with a weight of each, or"),
 }
 
@@ -332,11 +369,61 @@ ONE_STEP_AWAY = {
 @pytest.mark.parametrize("name", ONE_STEP_AWAY)
 def test_one_step_away(name):
     where, method, reason = ONE_STEP_AWAY[name]
-    result = run(Form(), _Away(Form(), where, method))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of a walk that raises
+        result = run(Form(), _Away(Form(), where, method))
     assert "fused_moe" not in result.report.matches, result.report
-    assert any(reason in found for found in misses(result, "fused_moe")), misses(
-        result, "fused_moe"
-    )
+    found = misses(result, "fused_moe")
+    assert any(reason in each for each in found), found
+    assert_same(result)
+
+
+def test_integers_may_be_weights():
+    def ones(self, x):
+        ids = torch.topk(F.linear(x, self.gate), 2, dim=-1)[1]
+        return torch.zeros(x.shape[0], 6, dtype=torch.long).scatter(1, ids, torch.ones_like(ids))
+
+    def total(out, matrix):
+        return (out * matrix.t().unsqueeze(-1)).sum(0)
+
+    block = _Away(Form(), "matrix", ones)
+    block.total = total
+    result = run(Form(), block)
+    assert result.report.matches["fused_moe"] == 1, result.report
+    assert_same(result)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_bias_that_is_a_product(tokens):
+    """The rows of the experts are not those of what their bias is made of."""
+    other = torch.randn(6, 48, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    y = torch.randn(1, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    class Biased(Block):
+        def __init__(self, form: Form) -> None:
+            super().__init__(form)
+            self.register_buffer("other", other)
+            self.register_buffer("y", y)
+
+        def between(self, product: Callable[[Tensor], Tensor]) -> Tensor:
+            bias = torch.einsum("eh,ehf->ef", self.y.expand(6, 48), self.other)
+            gate, up = (product(self.w13) + bias.unsqueeze(1)).chunk(2, -1)
+            return F.silu(gate) * up
+
+    form = Form(lead=(1, tokens))
+    result = run(form, Biased(form))
+    assert "fused_moe" not in result.report.matches
+    assert_same(result)
+
+
+def test_rows_rounded_to_fp8_before_they_are_weighted():
+    class Rounded(Block):
+        def sent(self, x: Tensor, matrix: Tensor) -> Tensor:
+            rows = x.to(torch.float8_e4m3fn).unsqueeze(0).float()
+            return (rows * matrix.t().unsqueeze(-1).float()).to(x.dtype)
+
+    result = run(Form("wide"), Rounded(Form("wide")))
+    assert "fused_moe" not in result.report.matches
     assert_same(result)
 
 
