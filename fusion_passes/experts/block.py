@@ -161,19 +161,7 @@ def _block(second: Product, products: Mapping[fx.Node, Product]) -> Block:
         inside += quantized.inside
     inside += [rows, between]
     activation = activation_of(between, inside)
-    up: Product | None = None
-    if activation.up is None:
-        first, gate_up_bias = first_products.product_read(
-            activation.source, second, products, inside
-        )
-        width = first.weight.shape[1]
-        if not index_map.same_size(activation.channels or width, width):
-            raise Unlike(
-                between, f"{called(between)} does not halve all channels of {first.node.name}"
-            )
-    else:
-        first, up = first_products.apart(activation.source, activation.up, second, products, inside)
-        gate_up_bias = None
+    first, up, gate_up_bias = first_products.read_by(activation, second, products, inside)
     block = Block(routing, first, up, second, activation.words, inside, gate_up_bias)
     block.before = first_products.weighted_before(block.first, block.inside)
     _finish(block)
@@ -335,7 +323,7 @@ def place(fusion: Fusion, graph: fx.Graph, block: Block) -> Place:
     weights = firsts * index_map.product(first.shape) + index_map.product(second.shape)
     tokens = block.sizes["num_tokens"]
     pairs = tokens * block.sizes["top_k"]
-    copies = block.second.copies_weights and block.spread is None
+    copies = block.second.copies_weights
     sizes = block.sizes | {
         "multiplied_rows": pairs if block.spread is None else tokens * first.shape[0],
         # elements that are written and read again besides the rows

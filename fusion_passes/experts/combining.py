@@ -25,6 +25,8 @@ from fusion_passes.experts.reading import (
     numel,
     of_rows,
     only_reader,
+    order_after,
+    order_of,
     strip,
 )
 from fusion_passes.experts.routing import Index
@@ -163,16 +165,11 @@ def _product(
 
 def _is_turned(turns: list[fx.Node], shape: tuple[Size, ...], turned: bool) -> bool:
     """Whether permutations of [T, K, H], with views between them, make [T, H, K] of it, or nothing else than it was."""
-    names = [name for name, size in zip("TKH", shape, strict=True) if size != 1]
-    wanted = [name for name in ("THK" if turned else "TKH") if name in names]
+    sizes = dict(zip("TKH", shape, strict=True))
+    order: str | None = order_of("TKH", sizes)
     for turn in turns:
-        before = shape_of(turn.args[0])
-        kept = [dim for dim, size in enumerate(before) if size != 1]
-        if len(kept) != len(names):
-            return False
-        named = dict(zip(kept, names, strict=True))
-        names = [named[dim % len(before)] for dim in turn.args[1] if dim % len(before) in named]
-    return names == wanted
+        order = None if order is None else order_after(turn, order, sizes)
+    return order == order_of("THK" if turned else "TKH", sizes)
 
 
 def _added(total: fx.Node, node: fx.Node, second: Product, by_slot: bool) -> Total | None:

@@ -18,7 +18,7 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.experts import block, combining, first_products, misses
-from fusion_passes.experts.activations import Between, activation_of, behind
+from fusion_passes.experts.activations import activation_of, behind
 from fusion_passes.experts.block import Block
 from fusion_passes.experts.products import Product, weight_of
 from fusion_passes.experts.reading import (
@@ -29,16 +29,12 @@ from fusion_passes.experts.reading import (
     dtype_of,
     numel,
     only_reader,
+    order_after,
+    order_of,
     strip,
 )
 from fusion_passes.experts.routing import Routing
-from fusion_passes.experts.spread import (
-    before_cast,
-    factor_of,
-    order_after,
-    order_of,
-    spread_of,
-)
+from fusion_passes.experts.spread import before_cast, factor_of, spread_of
 from fusion_passes.fusion import Fusion
 from fusion_passes.index_map import Size
 from fusion_passes.operations import is_tensor, module_path, read, shape_of
@@ -75,23 +71,15 @@ def _block(second: fx.Node) -> Block:
     spread = spread_of(matrices[0], num_tokens, experts)
     routing = Routing(spread.ids, experts)
     products = {
-        node: Product(node, node.args[0], weight_of(node.args[1], True), routing, False)
+        node: Product(
+            node, node.args[0], weight_of(node.args[1], True), routing, False, of_all=True
+        )
         for node in (second, *firsts)
     }
     between = strip(second.args[0])
     inside.append(between)
     activation = activation_of(between, inside)
-    up, bias = None, None
-    if activation.up is None:
-        first, bias = _first(activation, products, inside)
-        width = first.weight.shape[1]
-        if not index_map.same_size(activation.channels or width, width):
-            raise Unlike(
-                between, f"{called(between)} does not halve all channels of {first.node.name}"
-            )
-    else:
-        gate_up = (activation.source, activation.up)
-        first, up = first_products.apart(*gate_up, products[second], products, inside)
+    first, up, bias = first_products.read_by(activation, products[second], products, inside)
     if strip(first.rows) is not strip(firsts[0].args[0]):  # of which a bias may be made, too
         raise Unlike(first.node, f"{firsts[0].name} multiplies other rows than {first.node.name}")
     if before is not None and (bias is not None or after.bias is not None):
@@ -110,8 +98,8 @@ def _block(second: fx.Node) -> Block:
     if not (isinstance(top_k, int) and isinstance(experts, int) and 2 * top_k <= experts):
         raise Unlike(
             second,
-            f"{top_k} of {experts} experts are chosen: products for half of them at most are known to be faster than "
-            f"{second.name}, which is for all",
+            f"{top_k} of {experts} experts are chosen: where they are more than half, products for these alone may be "
+            f"no faster than {second.name}, which is for all",
         )
     block.measure(found, combining.Total(after.total, num_tokens, top_k, hidden_size))
     found.output = after.total
@@ -119,20 +107,6 @@ def _block(second: fx.Node) -> Block:
         found.output = block.cast_to(after.total, dtype_of(second))
         inside.append(after.total)
     return found
-
-
-def _first(
-    activation: Between, products: dict[fx.Node, Product], inside: list[fx.Node]
-) -> tuple[Product, fx.Node | None]:
-    """The product that the activation reads, and the bias [E, F] added to it."""
-    node, bias = strip(activation.source), None
-    if node not in products and (added := _with_bias(node)) is not None:
-        inside.append(node)
-        node, bias = added
-    if node not in products:
-        raise Unlike(node, f"the activation reads {called(node)}, where a product is expected")
-    inside.append(node)
-    return products[node], bias
 
 
 # ---- what the experts read ----------------------------------------------------------------------------------------
@@ -229,7 +203,7 @@ class _After:
             self.order = order or self.order
             return order is not None
         if reader.target is aten.add.Tensor and self.bias is None and self.matrix is None:
-            added = _with_bias(reader)
+            added = first_products.with_bias_of_all(reader)
             self.bias = added[1] if added is not None and added[0] is self.second else None
             return self.bias is not None and dtype_of(reader) is dtype_of(self.second)
         if reader.target is aten.mul.Tensor and self.matrix is None:
@@ -280,22 +254,3 @@ class _After:
 
 def _is(operand: Any, node: fx.Node) -> bool:
     return is_tensor(operand) and strip(operand) is strip(node)
-
-
-def _with_bias(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(product, bias [E, F]) where a node is a product [E, T, F] plus the bias of each expert."""
-    if node.target is not aten.add.Tensor or node.kwargs or not all(map(is_tensor, node.args)):
-        return None
-    for value, other in (node.args, node.args[::-1]):
-        source = strip(value)
-        if source.target is not aten.bmm.default:
-            continue
-        experts, num_tokens, features = shape_of(source)
-        wanted = index_map.collapse([(experts, True), (num_tokens, False), (features, True)])
-        for bias, mapping in read(other, shape_of(node)):
-            sizes = (*shape_of(bias), numel(node))
-            expected = (experts, features, numel(source))
-            fits = len(sizes) == 3 and all(map(index_map.same_size, sizes, expected))
-            if fits and index_map.same_map(mapping, wanted):
-                return source, bias
-    return None

@@ -10,7 +10,7 @@ from torch import fx
 
 from fusion_passes import index_map
 from fusion_passes.experts import combining
-from fusion_passes.experts.activations import GATED, behind
+from fusion_passes.experts.activations import GATED, Between, behind
 from fusion_passes.experts.products import Product
 from fusion_passes.experts.reading import (
     CAST,
@@ -24,7 +24,7 @@ from fusion_passes.experts.reading import (
     strip,
 )
 from fusion_passes.experts.routing import Index
-from fusion_passes.operations import is_tensor, shape_of, strides_of
+from fusion_passes.operations import is_tensor, read, shape_of, strides_of
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,25 @@ def unmasked(node: fx.Node, product: Product, inside: list[fx.Node]) -> fx.Node:
     return node
 
 
+def read_by(
+    activation: Between,
+    second: Product,
+    products: Mapping[fx.Node, Product],
+    inside: list[fx.Node],
+) -> tuple[Product, Product | None, fx.Node | None]:
+    """The product that an activation reads, that of up where it has one of its own, and the bias."""
+    if activation.up is not None:
+        return *apart(activation.source, activation.up, second, products, inside), None
+    first, bias = product_read(activation.source, second, products, inside)
+    width = first.weight.shape[1]
+    if not index_map.same_size(activation.channels or width, width):
+        raise Unlike(
+            activation.source,
+            f"{called(strip(activation.source))} is not halved in all channels of {first.node.name}",
+        )
+    return first, None, bias
+
+
 def product_read(
     source: fx.Node, second: Product, products: Mapping[fx.Node, Product], inside: list[fx.Node]
 ) -> tuple[Product, fx.Node | None]:
@@ -140,6 +159,8 @@ def product_read(
 
 def with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node, fx.Node] | None:
     """(value, bias [E, out]) where a node is the value plus the bias of each row's expert."""
+    if product.of_all:
+        return with_bias_of_all(node)
     if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return None
     for value, other in (node.args, node.args[::-1]):
@@ -151,6 +172,25 @@ def with_bias(node: fx.Node, product: Product, by_slot: bool) -> tuple[fx.Node, 
             experts = index_map.same_size(shape_of(taken[0])[0], product.weight.shape[0])
             if experts and product.routing.read(taken[1]) == Index("expert", by_slot):
                 return value, taken[0]
+    return None
+
+
+def with_bias_of_all(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(product, bias [E, F]) where a node is a product [E, T, F] plus the bias of each expert."""
+    if node.target is not aten.add.Tensor or node.kwargs or not all(map(is_tensor, node.args)):
+        return None
+    for value, other in (node.args, node.args[::-1]):
+        source = strip(value)
+        if source.target is not aten.bmm.default:
+            continue
+        experts, num_tokens, features = shape_of(source)
+        wanted = index_map.collapse([(experts, True), (num_tokens, False), (features, True)])
+        for bias, mapping in read(other, shape_of(node)):
+            sizes = (*shape_of(bias), numel(node))
+            expected = (experts, features, numel(source))
+            fits = len(sizes) == 3 and all(map(index_map.same_size, sizes, expected))
+            if fits and index_map.same_map(mapping, wanted):
+                return source, bias
     return None
 
 

@@ -63,7 +63,8 @@ class Product:
     """``node`` [S, out] is each row of ``rows`` [S, in] times the weight of its expert.
 
     sorted: rows come by slot, not by pair. by_token: how many matrices multiply each row, where there is one row for
-    each token, and ``node`` has their results one after the other; None: one.
+    each token, and ``node`` has their results one after the other; None: one. of_all: each expert has multiplied all
+    tokens, ``node`` is [E, T, out].
     """
 
     node: fx.Node
@@ -72,11 +73,12 @@ class Product:
     routing: Routing
     sorted: bool
     by_token: Size | None = None
+    of_all: bool = False
 
     @property
     def copies_weights(self) -> bool:
         """Whether the graph makes a matrix for each row first."""
-        return self.node.target is aten.bmm.default
+        return self.node.target is aten.bmm.default and not self.of_all
 
 
 def is_expert_product(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,23 @@ def number(value: Any) -> float | int | None:
         if value.target is aten.scalar_tensor.default:
             return number(value.args[0])
     return None
+
+
+def order_of(names: str, sizes: Mapping[str, Size]) -> str:
+    """Dimensions in the order that they have in memory, such as "ETH", without those of size 1."""
+    return "".join(name for name in names if sizes[name] != 1)
+
+
+def order_after(turn: fx.Node, order: str, sizes: Mapping[str, Size]) -> str | None:
+    """The order after a permutation; None where its dimensions are not the named ones."""
+    source = shape_of(turn.args[0])
+    kept = [dim for dim, size in enumerate(source) if size != 1]
+    if len(kept) != len(order):
+        return None
+    named = dict(zip(kept, order, strict=True))
+    if not all(index_map.same_size(source[dim], sizes[name]) for dim, name in named.items()):
+        return None
+    return "".join(named[dim % len(source)] for dim in turn.args[1] if dim % len(source) in named)
 
 
 def element(node: Any, target: Any = None) -> tuple[fx.Node, int] | None:

@@ -21,10 +21,13 @@ from fusion_passes.experts.reading import (
     dtype_of,
     number,
     numel,
+    order_after,
+    order_of,
     strip,
     uncast,
 )
 from fusion_passes.experts.routing import choice_of
+from fusion_passes.experts.scores import TOPK, is_topk_over_last
 from fusion_passes.index_map import Size
 from fusion_passes.operations import describe, read, shape_of
 
@@ -41,23 +44,6 @@ class Spread:
     written: fx.Node
     then: tuple[fx.Node, ...]
     scores: fx.Node
-
-
-def order_of(names: str, sizes: Mapping[str, Size]) -> str:
-    """Dimensions in the order that they have in memory, such as "ETH", without those of size 1."""
-    return "".join(name for name in names if sizes[name] != 1)
-
-
-def order_after(turn: fx.Node, order: str, sizes: Mapping[str, Size]) -> str | None:
-    """The order after a permutation; None where its dimensions are not the named ones."""
-    source = shape_of(turn.args[0])
-    kept = [dim for dim, size in enumerate(source) if size != 1]
-    if len(kept) != len(order):
-        return None
-    named = dict(zip(kept, order, strict=True))
-    if not all(index_map.same_size(source[dim], sizes[name]) for dim, name in named.items()):
-        return None
-    return "".join(named[dim % len(source)] for dim in turn.args[1] if dim % len(source) in named)
 
 
 def before_cast(node: fx.Node) -> fx.Node:
@@ -108,7 +94,6 @@ def spread_of(matrix: fx.Node, num_tokens: Size, experts: Size) -> Spread:
     shape, chosen = shape_of(node), shape_of(index)
     ids = uncast(index)
     choice = choice_of(ids)
-    scores = choice.args[0] if choice is not None else None
     fits = (
         dim % len(shape) == len(shape) - 1
         and index_map.same_size(shape[-1], experts)
@@ -116,7 +101,7 @@ def spread_of(matrix: fx.Node, num_tokens: Size, experts: Size) -> Spread:
         and all(map(index_map.same_size, shape[:-1], chosen[:-1]))
         and chosen == shape_of(written)
     )
-    if not fits or scores is None or not _is_last_of(choice, numel(node), experts):
+    if not fits or choice is None or not _is_of_each_token(choice, numel(node), experts):
         raise Unlike(
             node, f"{called(node)} does not write the weights of each token by its top-k ids"
         )
@@ -124,15 +109,13 @@ def spread_of(matrix: fx.Node, num_tokens: Size, experts: Size) -> Spread:
     background = number(source)
     if background is None or _after_all(background, dtype_of(source), [*casts, *then]) != 0:
         raise Unlike(node, f"{called(node)} leaves weights that are not 0 to experts nobody chose")
-    return Spread(strip(matrix), ids, written, tuple(then), scores)
+    return Spread(strip(matrix), ids, written, tuple(then), choice.args[0])
 
 
-def _is_last_of(choice: fx.Node | None, weights: Size, experts: Size) -> bool:
-    """Whether a top-k chooses among the experts of each token."""
-    assert choice is not None
+def _is_of_each_token(choice: fx.Node, weights: Size, experts: Size) -> bool:
+    """Whether a top-k, or the op of a router, chooses among the experts of each token."""
     shape = shape_of(choice.args[0])
-    dim = choice.args[2] if choice.target is aten.topk.default and len(choice.args) > 2 else -1
-    last = dim % len(shape) == len(shape) - 1
+    last = choice.target is not TOPK or is_topk_over_last(choice)
     whole = index_map.same_size(index_map.product(shape), weights)
     return last and whole and index_map.same_size(shape[-1], experts)
 

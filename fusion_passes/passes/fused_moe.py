@@ -46,7 +46,7 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
     if constants["spread"] is None:
         topk_weights, topk_ids = inputs["topk_weights"], inputs["topk_ids"]
     else:
-        topk_weights, topk_ids = _gathered(m, constants["spread"])
+        topk_weights, topk_ids = _of_the_chosen(m, constants["spread"])
     if topk_weights.meta["val"].dtype is not constants["weights_dtype"]:
         topk_weights = m.cast(topk_weights, constants["weights_dtype"])
     rows = m.view(inputs["hidden_states"], (tokens, hidden_size))
@@ -73,7 +73,7 @@ def _rewrite(m: Rewrite) -> tuple[Any, ...]:
     return (out,)
 
 
-def _gathered(m: Rewrite, spread: Spread) -> tuple[fx.Node, fx.Node]:
+def _of_the_chosen(m: Rewrite, spread: Spread) -> tuple[fx.Node, fx.Node]:
     """The top-k weights of a matrix of weights, made of what was written to it, and their ids."""
     weights = spread.written
     for node in spread.then:
